@@ -1,0 +1,34 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check bench clean
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "leftfold needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/.installed ## simulate a small shop and import its sales on SQLite
+	$(BIN)/leftfold demo
+
+test: $(VENV)/.installed ## every test, with real servers that pip brought
+	$(BIN)/python -m pytest -n auto
+
+check: $(VENV)/.installed ## style, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/mypy tests/typing
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.installed ## ratios against plain eventsourcing, in one run
+	$(BIN)/python benchmarks/replay.py
+	$(BIN)/python benchmarks/one_caller.py
+	$(BIN)/python benchmarks/dispatch.py
+	$(BIN)/python benchmarks/shop_import.py
+
+clean:
+	rm -rf $(VENV) dist

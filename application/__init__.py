@@ -1,0 +1,62 @@
+"""The application layer: commands, queries, services, projections, and the ports they need."""
+
+from leftfold.application.bus import CommandBus, Dispatch, Middleware, QueryBus
+from leftfold.application.errors import (
+    AlreadyHandledError,
+    Conflict,
+    DispatchError,
+    EventStoreUnavailable,
+    InvalidModelError,
+    NestedDispatchError,
+    NoHandlerError,
+    OutcomeUnknown,
+    ShuttingDown,
+    UnknownTopicError,
+    UnreadableEventError,
+    UnsavedEventsError,
+    ValidationFailed,
+    ViewBehind,
+)
+from leftfold.application.mapper import EventMapper
+from leftfold.application.messages import Command, CommandHandler, Handling, Query, QueryHandler
+from leftfold.application.model import Model
+from leftfold.application.projection import Page, Projection
+from leftfold.application.reading import Histories, QueryService, Views
+from leftfold.application.receipt import Receipt
+from leftfold.application.service import Repository, Service
+
+__all__ = [
+    "AlreadyHandledError",
+    "Command",
+    "CommandBus",
+    "CommandHandler",
+    "Conflict",
+    "Dispatch",
+    "DispatchError",
+    "EventMapper",
+    "EventStoreUnavailable",
+    "Handling",
+    "Histories",
+    "InvalidModelError",
+    "Middleware",
+    "Model",
+    "NestedDispatchError",
+    "NoHandlerError",
+    "OutcomeUnknown",
+    "Page",
+    "Projection",
+    "Query",
+    "QueryBus",
+    "QueryHandler",
+    "QueryService",
+    "Receipt",
+    "Repository",
+    "Service",
+    "ShuttingDown",
+    "UnknownTopicError",
+    "UnreadableEventError",
+    "UnsavedEventsError",
+    "ValidationFailed",
+    "ViewBehind",
+    "Views",
+]

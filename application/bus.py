@@ -1,0 +1,224 @@
+"""The buses: one way in for commands, one for queries."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from inspect import isawaitable
+from typing import Any, Generic, TypeAlias, TypeVar
+from uuid import UUID, uuid4
+
+from pydantic import ConfigDict, SkipValidation, ValidationError
+
+from leftfold.application.errors import (
+    AlreadyHandledError,
+    DispatchError,
+    NoHandlerError,
+    ValidationFailed,
+)
+from leftfold.application.messages import Command, Handler, Handling, Message, Query
+from leftfold.application.receipt import Receipt
+from leftfold.domain import DomainError, Err, Ok, Result
+
+T = TypeVar("T")
+E = TypeVar("E")
+M = TypeVar("M", bound=Message[Any, Any])
+
+Outcome: TypeAlias = Result[Any, Any]  # inside the bus, where the message's own types are erased
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch(Generic[M]):
+    """One message on its way, with what the bus knows about it."""
+
+    message: M
+    handling: Handling
+    command_id: UUID
+    """Identifies the command; a repetition carries the same."""
+    given_id: bool = False
+    """The caller gave the `command_id`, so it may be a repetition."""
+    after: Receipt | None = None
+    """Answer from views that have seen what this receipt's command wrote."""
+
+    @property
+    def name(self) -> str:
+        """The message's type name."""
+        return type(self.message).__name__
+
+
+class Batch(Command[Any, Any]):
+    """Several commands to carry out in order and in one transaction, all or none."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    parts: tuple[SkipValidation[Dispatch[Any]], ...]
+
+
+Step: TypeAlias = Callable[[Dispatch[Any]], Awaitable[Outcome]]
+Middleware: TypeAlias = Callable[[Dispatch[Any], Step], Awaitable[Outcome]]
+"""Called around every dispatch, outermost first: `await call_next(dispatch)` goes on inward."""
+
+
+async def handle(dispatch: Dispatch[Any]) -> Outcome:
+    """Call the handler: the innermost step where nothing else is wired."""
+    try:
+        answer = dispatch.handling.handler(dispatch.message)
+        return await answer if isawaitable(answer) else answer
+    except (DomainError, DispatchError) as error:
+        return Err(error)
+
+
+class Bus(Generic[M]):
+    """Handlers by message type, behind an ordered row of middleware."""
+
+    def __init__(
+        self,
+        middleware: Sequence[Middleware] = (),
+        innermost: Step = handle,
+        new_id: Callable[[], UUID] = uuid4,
+    ) -> None:
+        """Make a bus.
+
+        `middleware` is ordered outermost first; `innermost` calls the handler; `new_id` makes
+        the ids of commands that were given none.
+        """
+        self._new_id = new_id
+        self._handlings: dict[type[Any], Handling] = {}
+        self._by_name: dict[str, type[M]] = {}
+        self._step = innermost
+        for around in reversed(middleware):
+            self._step = _wrap(around, self._step)
+
+    def add(self, *handlings: Handling) -> None:
+        """Register handlers, as `MessageType.handled_by(handler)` makes them.
+
+        Raises `AlreadyHandledError` for a second handler of one message type.
+        """
+        for handling in handlings:
+            message_type: type[Any] = handling.message_type
+            if message_type in self._handlings or message_type.__name__ in self._by_name:
+                raise AlreadyHandledError(message_type.__name__)
+            self._handlings[message_type] = handling
+            self._by_name[message_type.__name__] = message_type
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The registered message types' names, sorted."""
+        return tuple(sorted(self._by_name))
+
+    def parse(self, name: str, data: Mapping[str, object] | str | bytes) -> Result[M, ValidationFailed]:
+        """Make a message from outside input: a mapping, or a JSON document.
+
+        An unknown name, a missing or unknown field and a wrong value give `ValidationFailed`.
+        """
+        message_type = self._by_name.get(name)
+        if message_type is None:
+            return Err(ValidationFailed(name, (("name", "nothing of this name is registered"),)))
+        try:
+            if isinstance(data, str | bytes):
+                return Ok(message_type.model_validate_json(data))
+            return Ok(message_type.model_validate(data))
+        except ValidationError as error:
+            reasons = tuple(
+                (".".join(map(str, fault["loc"])), fault["msg"])
+                for fault in error.errors(include_url=False, include_input=False, include_context=False)
+            )
+            return Err(ValidationFailed(name, reasons))
+
+    def _find(self, message: Message[Any, Any]) -> Handling:
+        message_type = type(message)
+        handling = self._handlings.get(message_type)
+        if handling is None:
+            if message_type.execute is Message.execute:
+                raise NoHandlerError(message_type.__name__)
+            handling = Handling(message_type, _execute)
+        return handling
+
+
+class CommandBus(Bus[Command[Any, Any]]):
+    """Takes commands to their handlers."""
+
+    def register(self, command_type: type[Command[T, E]], handler: Handler[Any, T, E]) -> None:
+        """Register a handler. `add(CommandType.handled_by(handler))` is the same, typed better.
+
+        Raises `AlreadyHandledError` for a second handler of one command type.
+        """
+        self.add(Handling(command_type, handler))
+
+    async def dispatch(
+        self, command: Command[T, E], *, command_id: UUID | None = None
+    ) -> Result[T, E | DispatchError]:
+        """Carry out a command, at most once for each `command_id` (made if absent).
+
+        `Err` holds a refusal of the domain or a `DispatchError`, and then nothing was written,
+        unless it is `OutcomeUnknown`. Raises `NoHandlerError`, and whatever bug the handler has.
+        """
+        return await self._step(
+            Dispatch(command, self._find(command), command_id or self._new_id(), command_id is not None)
+        )
+
+    async def dispatch_all(
+        self, commands: Sequence[Command[T, E]], *, command_ids: Sequence[UUID] | None = None
+    ) -> Result[tuple[T, ...], E | DispatchError]:
+        """Carry out several commands in order and in one transaction, all or none.
+
+        Commands whose `command_id` was carried out before are not carried out again; their first
+        answers are given. The first refusal refuses them all.
+        """
+        given = command_ids is not None
+        ids = command_ids if command_ids is not None else [self._new_id() for _ in commands]
+        parts = tuple(
+            Dispatch(command, self._find(command), command_id, given)
+            for command, command_id in zip(commands, ids, strict=True)
+        )
+        batch = Batch.model_construct(parts=parts)
+        outcome = await self._step(Dispatch(batch, _BATCH, self._new_id()))
+        return Ok(tuple(outcome.value)) if isinstance(outcome, Ok) else outcome
+
+
+class QueryBus(Bus[Query[Any, Any]]):
+    """Takes queries to their handlers."""
+
+    def register(self, query_type: type[Query[T, E]], handler: Handler[Any, T, E]) -> None:
+        """Register a handler. `add(QueryType.handled_by(handler))` is the same, typed better.
+
+        Raises `AlreadyHandledError` for a second handler of one query type.
+        """
+        self.add(Handling(query_type, handler))
+
+    async def dispatch(
+        self, query: Query[T, E], *, after: Receipt | None = None
+    ) -> Result[T, E | DispatchError]:
+        """Answer a query, from views that have seen `after` if a receipt is given.
+
+        Raises `NoHandlerError`, and whatever bug the handler has.
+        """
+        return await self._step(Dispatch(query, self._find(query), _NO_COMMAND, after=after))
+
+
+_NO_COMMAND = UUID(int=0)
+
+
+async def _carry_out_each(batch: Batch) -> Outcome:
+    """Carry out a batch where nothing is wired that knows transactions."""
+    values = []
+    for part in batch.parts:
+        answer = await handle(part)
+        if isinstance(answer, Err):
+            return answer
+        values.append(answer.value)
+    return Ok(values)
+
+
+_BATCH = Handling(Batch, _carry_out_each)
+
+
+def _execute(message: Message[Any, Any]) -> Awaitable[Outcome]:
+    return message.execute()
+
+
+def _wrap(around: Middleware, inner: Step) -> Step:
+    def step(dispatch: Dispatch[Any]) -> Awaitable[Outcome]:
+        return around(dispatch, inner)
+
+    return step

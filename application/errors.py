@@ -1,0 +1,101 @@
+"""What can go wrong between a command and its answer, apart from the domain's own refusals."""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+from leftfold.domain import LeftfoldError
+
+
+class DispatchError(LeftfoldError):
+    """A dispatch failed for a reason outside the domain's rules; comes as `Err`."""
+
+
+class ValidationFailed(DispatchError, message="{name}: {reasons}"):
+    """Input from outside does not fit the command or query."""
+
+    name: str
+    reasons: tuple[tuple[str, str], ...]
+    """Pairs of a field (dotted path) and what is wrong with it."""
+
+
+class Conflict(DispatchError, message="{aggregates} changed while the command was handled"):
+    """Another writer changed the aggregates first, and retries did not help; nothing was written."""
+
+    aggregates: tuple[tuple[UUID, int], ...]
+    """Pairs of an aggregate's id and the version that the command was based on."""
+
+
+class OutcomeUnknown(DispatchError, message="command {command_id}: its outcome is not known"):
+    """Time ran out, or the connection was lost at the commit.
+
+    Dispatching the same command again with this `command_id` is safe: it is done at most once.
+    """
+
+    command_id: UUID
+
+
+class ShuttingDown(DispatchError, message="the runtime is shutting down"):
+    """The runtime takes no more commands; nothing was written."""
+
+
+class ViewBehind(DispatchError, message="{projection} is at {position}, not yet at {wanted}"):
+    """A view did not reach the wanted position in time."""
+
+    projection: str
+    position: int
+    wanted: int
+
+
+class NoHandlerError(LeftfoldError, message="no handler for {name}"):
+    """Nothing handles this command or query: an error in the program."""
+
+    name: str
+
+
+class AlreadyHandledError(LeftfoldError, message="{name} has a handler already"):
+    """A second handler was registered: an error in the program."""
+
+    name: str
+
+
+class InvalidModelError(LeftfoldError, message="the model is not sound: {reason}"):
+    """A model's parts do not fit together: an error in the program."""
+
+    reason: str
+
+
+class UnknownTopicError(LeftfoldError, message="no event of the model has the topic {topic!r}"):
+    """A stored event's type is not part of the model."""
+
+    topic: str
+
+
+class UnreadableEventError(
+    LeftfoldError,
+    message="cannot read {topic} version {version} of {aggregate_id}: {reason}",
+):
+    """A stored event does not fit its class."""
+
+    topic: str
+    aggregate_id: str
+    version: int
+    reason: str
+
+
+class EventStoreUnavailable(DispatchError, message="the event store cannot be reached: {reason}"):
+    """The database failed before anything was committed; nothing was written."""
+
+    reason: str
+
+
+class NestedDispatchError(LeftfoldError, message="{name} was dispatched from within a handler"):
+    """A handler dispatched a command: an error in the program, since it could wait for itself."""
+
+    name: str
+
+
+class UnsavedEventsError(LeftfoldError, message="the handler of {name} recorded events and did not save them"):
+    """A handler answered `Ok` and forgot `save`: an error in the program."""
+
+    name: str

@@ -1,0 +1,121 @@
+"""The mapper: events to stored bytes and back, by the model's own dictionary of topics."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any, ClassVar
+from uuid import UUID
+
+from eventsourcing.domain import DomainEventProtocol
+from eventsourcing.persistence import Mapper, StoredEvent
+from pydantic_core import from_json
+
+from leftfold.application.errors import (
+    InvalidModelError,
+    UnknownTopicError,
+    UnreadableEventError,
+)
+from leftfold.domain import Aggregate, Event, Snapshot
+from leftfold.domain.event import upcast
+
+_NOT_STORED = {"originator_id", "originator_version"}
+
+
+class EventMapper(Mapper[UUID]):
+    """Maps the events and snapshots of certain aggregates, and no others.
+
+    `EventMapper.of(Item)` is a class of its own, since the library makes mappers of followed
+    applications again from the class alone. Compression and encryption of whole payloads by
+    the library's settings apply.
+    """
+
+    types: ClassVar[dict[str, type[Event] | type[Snapshot]]] = {}
+    aggregate_topics: ClassVar[dict[str, str]] = {}
+    """The aggregate's topic by the event's."""
+
+    @classmethod
+    def of(cls, *aggregates: type[Aggregate]) -> type[EventMapper]:
+        """Return the mapper class for these aggregates.
+
+        Raises `InvalidModelError` for two types of one topic, or for a missing topic.
+        """
+        types: dict[str, type[Event] | type[Snapshot]] = {}
+        topics: dict[str, str] = {}
+        for aggregate in aggregates:
+            snapshot: Any = aggregate.Snapshot  # typed by the library as its own dataclass
+            for event_type in (*aggregate.EVENTS, snapshot):
+                if not event_type.TOPIC or types.get(event_type.TOPIC, event_type) != event_type:
+                    raise InvalidModelError(f"{event_type.__name__}: topic missing or taken")
+                types[event_type.TOPIC] = event_type
+                topics[event_type.TOPIC] = aggregate.TOPIC
+        return type("EventMapper", (cls,), {"types": types, "aggregate_topics": topics})
+
+    @classmethod
+    def event_topics(cls) -> tuple[str, ...]:
+        """Return the topics of all events, without the snapshots'."""
+        return tuple(topic for topic, t in cls.types.items() if issubclass(t, Event))
+
+    def to_stored_event(self, domain_event: DomainEventProtocol[UUID]) -> StoredEvent:
+        """Encode an event or snapshot as JSON."""
+        event: Any = domain_event
+        event_type = type(event)
+        topic: str = event_type.TOPIC
+        if self.types.get(topic) is not event_type:
+            raise UnknownTopicError(topic or event_type.__name__)
+        state: bytes = event_type.__pydantic_serializer__.to_json(event, exclude=_NOT_STORED)
+        class_version = getattr(event_type, "class_version", 1)
+        if class_version > 1:
+            state = b"%s,\"class_version\":%d}" % (state[:-1], class_version)
+        if self.compressor:
+            state = self.compressor.compress(state)
+        if self.cipher:
+            state = self.cipher.encrypt(state)
+        return StoredEvent(event.originator_id, event.originator_version, topic, state)
+
+    def to_domain_event(self, stored_event: StoredEvent) -> Any:
+        """Decode a stored event or snapshot.
+
+        Raises `UnknownTopicError` and `UnreadableEventError`.
+        """
+        return self.decode(
+            _as_uuid(stored_event.originator_id),
+            stored_event.originator_version,
+            stored_event.topic,
+            stored_event.state,
+        )
+
+    def decode(self, aggregate_id: UUID, version: int, topic: str, state: bytes) -> Any:
+        """Decode what is stored at one version of an aggregate; see `to_domain_event`."""
+        event_type = self.types.get(topic)
+        if event_type is None:
+            raise UnknownTopicError(topic)
+        try:
+            if self.cipher:
+                state = self.cipher.decrypt(state)
+            if self.compressor:
+                state = self.compressor.decompress(state)
+            if issubclass(event_type, Snapshot):
+                known = {**from_json(state), "originator_id": aggregate_id}
+                return event_type.model_validate({**known, "originator_version": version})
+            if event_type.class_version == 1:
+                event = event_type.__pydantic_validator__.validate_json(state)
+            else:
+                fields = json.loads(state)
+                fields = upcast(event_type, fields, fields.pop("class_version", 1))
+                event = event_type.model_validate(fields)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UnreadableEventError(topic, str(aggregate_id), version, reason) from error
+        envelope = event.__dict__
+        envelope["originator_id"] = aggregate_id
+        envelope["originator_version"] = version
+        return event
+
+    def decode_all(self, stored: Iterable[StoredEvent]) -> list[Event]:
+        """Decode the events of a stream."""
+        return [self.to_domain_event(event) for event in stored]
+
+
+def _as_uuid(value: UUID | str) -> UUID:
+    return value if isinstance(value, UUID) else UUID(value)

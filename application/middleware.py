@@ -1,0 +1,76 @@
+"""Middleware for the buses: logging, timeout, conflict retry."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import anyio
+from tenacity import AsyncRetrying, retry_if_result, stop_after_attempt, wait_random_exponential
+
+from leftfold.application.bus import Dispatch, Middleware, Outcome, Step
+from leftfold.application.errors import Conflict, OutcomeUnknown
+from leftfold.application.ports import Platform
+from leftfold.domain import Err
+
+_log = logging.getLogger("leftfold.bus")
+
+
+def logged(platform: Platform) -> Middleware:
+    """Log every message by its type, never by its data: refusals as info, bugs as errors."""
+
+    async def around(dispatch: Dispatch[Any], call_next: Step) -> Outcome:
+        if not _log.isEnabledFor(logging.INFO):
+            return await call_next(dispatch)
+        begun = platform.monotonic()
+        try:
+            outcome = await call_next(dispatch)
+        except Exception:
+            _log.exception("%s %s failed", dispatch.name, dispatch.command_id)
+            raise
+        took = (platform.monotonic() - begun) * 1000
+        if isinstance(outcome, Err):
+            error = type(outcome.error).__name__
+            _log.info("%s %s: %s (%.1f ms)", dispatch.name, dispatch.command_id, error, took)
+        else:
+            _log.debug("%s %s done (%.1f ms)", dispatch.name, dispatch.command_id, took)
+        return outcome
+
+    return around
+
+
+def timeout(seconds: float) -> Middleware:
+    """Answer `Err(OutcomeUnknown)` after some seconds; what was begun may still be committed."""
+
+    async def around(dispatch: Dispatch[Any], call_next: Step) -> Outcome:
+        with anyio.move_on_after(seconds):
+            return await call_next(dispatch)
+        return Err(OutcomeUnknown(dispatch.command_id))
+
+    return around
+
+
+def conflict_retry(platform: Platform, max_attempts: int = 10, max_delay: float = 0.25) -> Middleware:
+    """Handle a command again after a `Conflict`: up to `max_attempts` times in all.
+
+    The waits grow exponentially with full jitter, up to `max_delay` seconds.
+    """
+
+    async def around(dispatch: Dispatch[Any], call_next: Step) -> Outcome:
+        outcome = await call_next(dispatch)
+        if not _is_conflict(outcome) or max_attempts < 2:  # noqa: PLR2004 - one attempt was made
+            return outcome
+        retrying = AsyncRetrying(
+            stop=stop_after_attempt(max_attempts - 1),
+            wait=wait_random_exponential(multiplier=0.002, max=max_delay),
+            retry=retry_if_result(_is_conflict),
+            retry_error_callback=lambda state: state.outcome.result() if state.outcome else outcome,
+            sleep=platform.sleep,
+        )
+        return await retrying(call_next, dispatch)
+
+    return around
+
+
+def _is_conflict(outcome: Outcome) -> bool:
+    return isinstance(outcome, Err) and isinstance(outcome.error, Conflict)

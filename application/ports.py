@@ -1,0 +1,231 @@
+"""What the application needs of its surroundings; adapters lie in the infrastructure."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
+from uuid import UUID
+
+from eventsourcing.persistence import StoredEvent
+
+from leftfold.application.projection import Projection
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Platform(Protocol):
+    """Time, randomness, ids, threads and tasks: the only way to reach them."""
+
+    def now(self) -> datetime:
+        """Return the present moment (UTC)."""
+        ...
+
+    def monotonic(self) -> float:
+        """Return seconds since some moment; never goes back."""
+        ...
+
+    def random(self) -> float:
+        """Return a number from 0 up to 1."""
+        ...
+
+    def new_id(self) -> UUID: ...
+
+    async def sleep(self, seconds: float) -> None: ...
+
+    async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
+        """Call a blocking function in a thread; goes on to its end even if cancelled."""
+        ...
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> Awaitable[None]:
+        """Begin a task."""
+        ...
+
+
+class LoggedEvent(NamedTuple):
+    """A stored event with its position, as the log gives it out."""
+
+    position: int
+    aggregate_id: UUID
+    version: int
+    topic: str
+    state: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """What one command wants written: its events and the answer to keep with its id."""
+
+    command_id: UUID
+    command: str
+    events: Sequence[StoredEvent]
+    aggregates: tuple[tuple[UUID, int], ...]
+    answer: bytes | None
+    """The handler's answer as JSON; None if it is the receipt itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedCommand:
+    """What the log keeps of a command that was carried out."""
+
+    command_id: UUID
+    aggregates: tuple[tuple[UUID, int], ...]
+    position: int
+    answer: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The group was written; the position of each save's last event (0 if it had none)."""
+
+    positions: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stale:
+    """An aggregate had changed; nothing of the group was written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Repeated:
+    """A command id of the group was known already; nothing of the group was written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The database failed. `in_doubt`: while committing, so that the outcome is not known."""
+
+    reason: str
+    in_doubt: bool
+
+
+Verdict: TypeAlias = Committed | Stale | Repeated | Failed
+Group: TypeAlias = Sequence[Save]
+"""Saves that are written all or none."""
+
+
+class Log(Protocol):
+    """The one log of events of a store, with the ids of the commands that wrote them.
+
+    Positions are ordered as the commits were, so that a reader who has seen one position never
+    meets a lower one later; they need not be dense.
+    """
+
+    @property
+    def is_local(self) -> bool:
+        """No other process can write, and calls return at once without blocking."""
+        ...
+
+    def commit(self, groups: Sequence[Group]) -> list[Verdict]:
+        """Write groups in their order; each gets its own verdict."""
+        ...
+
+    def streams(self, aggregate_ids: Sequence[UUID]) -> dict[UUID, list[StoredEvent]]:
+        """Return the events of each aggregate by version; an absent one has none."""
+        ...
+
+    def versions(self, aggregate_ids: Sequence[UUID]) -> dict[UUID, int]:
+        """Return the last version of each aggregate that exists."""
+        ...
+
+    def commands(self, command_ids: Sequence[UUID]) -> dict[UUID, RecordedCommand]:
+        """Return what is kept of these commands; those not carried out are left out."""
+        ...
+
+    def read(self, after: int, limit: int, topics: Sequence[str] = ()) -> list[LoggedEvent]:
+        """Return at most `limit` events after a position, of these topics if any are given."""
+        ...
+
+    def head(self) -> int:
+        """Return the position of the last event; 0 if there is none."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A column to order by; ties go by the row's key, ascending. `None` comes before any value."""
+
+    column: str
+    descending: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Seek:
+    """Go on after the row with this value in the order's column and this key."""
+
+    value: object
+    key: str
+
+
+class ViewStore(Protocol):
+    """The tables of projections, with their checkpoints."""
+
+    def checkpoint(self, projection: Projection[Any]) -> int:
+        """Return the position up to which the view's rows are folded."""
+        ...
+
+    def load(self, projection: Projection[R], keys: Sequence[str]) -> dict[str, R]:
+        """Return the rows under these keys, members or not."""
+        ...
+
+    def get(self, projection: Projection[R], key: str) -> R | None:
+        """Return the row under a key if it is a member."""
+        ...
+
+    def write(
+        self,
+        projection: Projection[R],
+        rows: Mapping[str, R | None],
+        expected: int,
+        position: int,
+    ) -> bool:
+        """Write rows (`None` deletes) and move the checkpoint, in one transaction.
+
+        Returns False, and writes nothing, unless the checkpoint is at `expected`.
+        """
+        ...
+
+    def select(
+        self,
+        projection: Projection[R],
+        order: Order | None,
+        limit: int | None,
+        seek: Seek | None = None,
+    ) -> list[tuple[str, R]]:
+        """Return the view's member rows with their keys, in order; by key if none is given."""
+        ...
+
+
+class Store(Protocol):
+    """A log and views in one place, with what tells of writes by other processes."""
+
+    @property
+    def name(self) -> str:
+        """Its URL, with no password."""
+        ...
+
+    @property
+    def log(self) -> Log: ...
+
+    @property
+    def views(self) -> ViewStore: ...
+
+    def open(self, projections: Sequence[Projection[Any]], *, create_tables: bool) -> None:
+        """Connect, and make or check the tables of the log and of these projections."""
+        ...
+
+    def close(self) -> None: ...
+
+    def listen(self) -> int | None:
+        """Return a file descriptor that becomes readable when somebody commits, if there is one."""
+        ...
+
+    def heard(self) -> bool:
+        """Take what became readable; False if there is nothing to listen to any more."""
+        ...
+
+    def has_changed(self) -> bool:
+        """Tell, cheaply, whether somebody else may have committed since the last look."""
+        ...

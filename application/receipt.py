@@ -1,0 +1,19 @@
+"""The proof that a command was carried out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from uuid import UUID
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What a command wrote. Pass it as `after=` to read it back."""
+
+    command_id: UUID
+    aggregates: tuple[tuple[UUID, int], ...]
+    """Pairs of an aggregate's id and its version after the command."""
+    position: int
+    """Position in the log of the command's last event; 0 if it wrote none."""
+    repeated: bool = False
+    """The command had been carried out before; this is the first receipt again."""

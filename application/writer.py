@@ -1,0 +1,65 @@
+"""The one writer of a runtime: drains staged saves into the log, in groups."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+from leftfold.application.ports import Committed, Group, Log, Platform, Verdict
+
+MAX_GROUPED_EVENTS = 1_000
+"""Events after which a group is full; a single larger save still goes whole."""
+
+
+class Writer:
+    """All saves that wait share one call of the log, in their order; each has its own verdict."""
+
+    def __init__(self, log: Log, platform: Platform, committed: Callable[[], None]) -> None:
+        """Write to a log; call `committed` after each successful commit."""
+        self._log = log
+        self._platform = platform
+        self._committed = committed
+        self._waiting: deque[tuple[Group, asyncio.Future[Verdict]]] = deque()
+        self._is_draining = False
+
+    async def write(self, group: Group) -> Verdict:
+        """Write a group of saves, all or none. A cancelled caller does not stop the writing."""
+        if self._log.is_local:
+            verdict = self._log.commit([group])[0]
+            self._committed()
+            return verdict
+        answer: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
+        self._waiting.append((group, answer))
+        if not self._is_draining:
+            self._is_draining = True
+            self._platform.spawn(self._drain())
+        return await asyncio.shield(answer)
+
+    async def _drain(self) -> None:
+        try:
+            while self._waiting:
+                groups, answers = self._take()
+                try:
+                    verdicts = await self._platform.in_thread(self._log.commit, groups)
+                except Exception as error:  # noqa: BLE001 - each waiting dispatch raises it
+                    for answer in answers:
+                        answer.set_exception(error)
+                    continue
+                for answer, verdict in zip(answers, verdicts, strict=True):
+                    answer.set_result(verdict)
+                if any(isinstance(verdict, Committed) for verdict in verdicts):
+                    self._committed()
+        finally:
+            self._is_draining = False
+
+    def _take(self) -> tuple[list[Group], list[asyncio.Future[Verdict]]]:
+        groups: list[Group] = []
+        answers: list[asyncio.Future[Verdict]] = []
+        size = 0
+        while self._waiting and size < MAX_GROUPED_EVENTS:
+            group, answer = self._waiting.popleft()
+            groups.append(group)
+            answers.append(answer)
+            size += sum(len(save.events) for save in group)
+        return groups, answers

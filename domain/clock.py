@@ -1,0 +1,34 @@
+"""The time as the domain sees it: the system's, unless the surroundings say otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import TypeAlias
+
+Now: TypeAlias = Callable[[], datetime]
+"""Answers the present moment, in UTC."""
+
+
+def system_now() -> datetime:
+    return datetime.now(UTC)
+
+
+_now: ContextVar[Now] = ContextVar("leftfold_now", default=system_now)
+
+
+def now() -> datetime:
+    """Return the present moment, in UTC."""
+    return _now.get()()
+
+
+@contextmanager
+def clock(source: Now) -> Iterator[None]:
+    """Let `now` ask this source inside the block, in this thread or task only."""
+    token = _now.set(source)
+    try:
+        yield
+    finally:
+        _now.reset(token)

@@ -1,0 +1,314 @@
+"""The reference model: a stock-keeping item. Values, errors, events, rules, specifications."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from decimal import Decimal
+
+from leftfold.domain.aggregate import Aggregate
+from leftfold.domain.errors import DomainError
+from leftfold.domain.event import WHEN_RECORDED, Created, Event
+from leftfold.domain.personal import Personal
+from leftfold.domain.specification import Specification, attr
+
+# Values ---------------------------------------------------------------------------------------
+
+MAX_SKU_LENGTH = 20  # characters
+MAX_PRICE_DECIMALS = 3
+MAX_AMOUNT = 1_000_000_000  # of pieces in one movement, and of a unit price
+
+
+# Errors ---------------------------------------------------------------------------------------
+
+
+class ItemError(DomainError):
+    """A rule of the item refuses."""
+
+
+class InvalidSku(ItemError, message="{sku!r} is not a SKU: 1 to 20 characters of text"):
+    sku: str
+
+
+class InvalidName(ItemError, message="{name!r} is not a name: some text"):
+    name: str
+
+
+class InvalidQuantity(ItemError, message="{quantity} is not a positive whole number up to 10^9"):
+    quantity: int
+
+
+class InvalidStock(ItemError, message="{quantity} is not a stock level: a whole number, 0 to 10^9"):
+    quantity: int
+
+
+class InvalidPrice(ItemError, message="{price} is not a price: 0 to 10^9 with at most 3 decimals"):
+    price: Decimal
+
+
+class ItemAlreadyRegistered(ItemError, message="{sku} is registered already"):
+    sku: str
+
+
+class ItemNotFound(ItemError, message="there is no item {sku}"):
+    sku: str
+
+
+class ItemIsDiscontinued(ItemError, message="{sku} is discontinued"):
+    sku: str
+
+
+class InsufficientStock(ItemError, message="{sku}: {requested} requested, {available} available"):
+    sku: str
+    requested: int
+    available: int
+
+
+# Events ---------------------------------------------------------------------------------------
+
+
+class ItemRegistered(Created, topic="leftfold.item.registered"):
+    sku: str
+    name: str
+    unit_price: Decimal
+    opening_stock: int
+    reorder_level: int
+
+    def apply(self, item: Item) -> None:
+        item.sku = self.sku
+        item.name = self.name
+        item.unit_price = self.unit_price
+        item.on_hand = self.opening_stock
+        item.reorder_level = self.reorder_level
+        item.discontinued = False
+
+
+class ItemRenamed(Event, topic="leftfold.item.renamed"):
+    name: str
+
+    def apply(self, item: Item) -> None:
+        item.name = self.name
+
+
+class ItemRepriced(Event, topic="leftfold.item.repriced"):
+    unit_price: Decimal
+
+    def apply(self, item: Item) -> None:
+        item.unit_price = self.unit_price
+
+
+class StockReceived(Event, topic="leftfold.item.stock_received"):
+    quantity: int
+
+    def apply(self, item: Item) -> None:
+        item.on_hand += self.quantity
+
+
+class StockSold(Event, topic="leftfold.item.stock_sold"):
+    invoice: str
+    quantity: int
+    unit_price: Decimal
+    country: str
+    customer_id: Personal[str] | None
+
+    def apply(self, item: Item) -> None:
+        item.on_hand -= self.quantity
+
+
+class StockReturned(Event, topic="leftfold.item.stock_returned"):
+    invoice: str
+    quantity: int
+    unit_price: Decimal
+    country: str
+    customer_id: Personal[str] | None
+
+    def apply(self, item: Item) -> None:
+        item.on_hand += self.quantity
+
+
+class StockWrittenOff(Event, topic="leftfold.item.stock_written_off"):
+    quantity: int
+    reason: str
+
+    def apply(self, item: Item) -> None:
+        item.on_hand -= self.quantity
+
+
+class ItemDiscontinued(Event, topic="leftfold.item.discontinued"):
+    def apply(self, item: Item) -> None:
+        item.discontinued = True
+
+
+# Rules ----------------------------------------------------------------------------------------
+
+
+class Item(
+    Aggregate,
+    topic="leftfold.item",
+    events=(
+        ItemRegistered,
+        ItemRenamed,
+        ItemRepriced,
+        StockReceived,
+        StockSold,
+        StockReturned,
+        StockWrittenOff,
+        ItemDiscontinued,
+    ),
+):
+    """A stock-keeping item, identified by its SKU. Its stock never falls below zero."""
+
+    sku: str
+    name: str
+    unit_price: Decimal
+    on_hand: int
+    reorder_level: int
+    discontinued: bool
+
+    @classmethod
+    def register(  # noqa: PLR0913 - an item begins with all its facts
+        cls,
+        sku: str,
+        name: str,
+        unit_price: Decimal,
+        opening_stock: int = 0,
+        reorder_level: int = 0,
+        occurred_at: datetime = WHEN_RECORDED,
+    ) -> Item:
+        """Begin an item. Raises `InvalidSku`, `InvalidName`, `InvalidPrice`, `InvalidStock`."""
+        if not 1 <= len(sku) <= MAX_SKU_LENGTH or not _is_text(sku):
+            raise InvalidSku(sku)
+        for level in (opening_stock, reorder_level):
+            if not 0 <= level <= MAX_AMOUNT:
+                raise InvalidStock(level)
+        registered = ItemRegistered(
+            sku=sku,
+            name=_valid_name(name),
+            unit_price=_valid_price(unit_price),
+            opening_stock=opening_stock,
+            reorder_level=reorder_level,
+            occurred_at=occurred_at,
+        )
+        return cls.begin(registered, key=sku)
+
+    def rename(self, name: str, occurred_at: datetime = WHEN_RECORDED) -> None:
+        """Give the item another name. Raises `InvalidName`."""
+        self.record(ItemRenamed(name=_valid_name(name), occurred_at=occurred_at))
+
+    def reprice(self, unit_price: Decimal, occurred_at: datetime = WHEN_RECORDED) -> None:
+        """Give the item another price. Raises `InvalidPrice`."""
+        self.record(ItemRepriced(unit_price=_valid_price(unit_price), occurred_at=occurred_at))
+
+    def receive(self, quantity: int, occurred_at: datetime = WHEN_RECORDED) -> None:
+        """Take stock in. Raises `InvalidQuantity`, `ItemIsDiscontinued`."""
+        if self.discontinued:
+            raise ItemIsDiscontinued(self.sku)
+        self.record(StockReceived(quantity=_valid_quantity(quantity), occurred_at=occurred_at))
+
+    def sell(  # noqa: PLR0913 - a sale has these facts
+        self,
+        quantity: int,
+        invoice: str,
+        unit_price: Decimal | None = None,
+        country: str = "",
+        customer_id: Personal[str] | None = None,
+        occurred_at: datetime = WHEN_RECORDED,
+    ) -> None:
+        """Sell stock, at the item's price if none is given.
+
+        Raises `InvalidQuantity`, `InvalidPrice`, `ItemIsDiscontinued`, `InsufficientStock`.
+        """
+        if self.discontinued:
+            raise ItemIsDiscontinued(self.sku)
+        self._take_out(_valid_quantity(quantity))
+        sold = StockSold(
+            invoice=invoice,
+            quantity=quantity,
+            unit_price=self.unit_price if unit_price is None else _valid_price(unit_price),
+            country=country,
+            customer_id=customer_id,
+            occurred_at=occurred_at,
+        )
+        self.record(sold)
+
+    def take_back(  # noqa: PLR0913 - a return has these facts
+        self,
+        quantity: int,
+        invoice: str,
+        unit_price: Decimal | None = None,
+        country: str = "",
+        customer_id: Personal[str] | None = None,
+        occurred_at: datetime = WHEN_RECORDED,
+    ) -> None:
+        """Take sold stock back, also of a discontinued item.
+
+        Raises `InvalidQuantity`, `InvalidPrice`.
+        """
+        returned = StockReturned(
+            invoice=invoice,
+            quantity=_valid_quantity(quantity),
+            unit_price=self.unit_price if unit_price is None else _valid_price(unit_price),
+            country=country,
+            customer_id=customer_id,
+            occurred_at=occurred_at,
+        )
+        self.record(returned)
+
+    def write_off(self, quantity: int, reason: str, occurred_at: datetime = WHEN_RECORDED) -> None:
+        """Take out stock that is lost. Raises `InvalidQuantity`, `InsufficientStock`."""
+        self._take_out(_valid_quantity(quantity))
+        self.record(StockWrittenOff(quantity=quantity, reason=reason, occurred_at=occurred_at))
+
+    def discontinue(self, occurred_at: datetime = WHEN_RECORDED) -> None:
+        """Stop selling the item. Raises `ItemIsDiscontinued` if that was done before."""
+        if self.discontinued:
+            raise ItemIsDiscontinued(self.sku)
+        self.record(ItemDiscontinued(occurred_at=occurred_at))
+
+    def _take_out(self, quantity: int) -> None:
+        if quantity > self.on_hand:
+            raise InsufficientStock(self.sku, quantity, self.on_hand)
+
+
+def _is_text(text: str) -> bool:
+    """Tell whether databases can keep it: no NUL, no lone surrogate."""
+    return "\0" not in text and text.encode("utf-8", "ignore").decode() == text
+
+
+def _valid_name(name: str) -> str:
+    if not name.strip() or not _is_text(name):
+        raise InvalidName(name)
+    return name
+
+
+def _valid_quantity(quantity: int) -> int:
+    if not 0 < quantity <= MAX_AMOUNT:
+        raise InvalidQuantity(quantity)
+    return quantity
+
+
+def _valid_price(price: Decimal) -> Decimal:
+    exponent = price.as_tuple().exponent if price.is_finite() else None
+    if (
+        not isinstance(exponent, int)
+        or exponent < -MAX_PRICE_DECIMALS
+        or not 0 <= price <= MAX_AMOUNT
+    ):
+        raise InvalidPrice(price)
+    return price
+
+
+# Specifications -------------------------------------------------------------------------------
+
+
+class InStock(Specification[object]):
+    """There is something to sell."""
+
+    def tree(self) -> Specification[object]:
+        return attr("on_hand") > 0
+
+
+class NeedsReorder(Specification[object]):
+    """The stock is down to the reorder level, and the item is still sold."""
+
+    def tree(self) -> Specification[object]:
+        return (attr("on_hand") <= attr("reorder_level")) & (attr("discontinued") == False)  # noqa: E712 - builds a specification

@@ -1,0 +1,175 @@
+"""Following the log: a page of events becomes a page of rows, in one transaction."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any, Generic, TypeVar
+
+from cachetools import LRUCache
+from eventsourcing.persistence import PersistenceError
+
+from leftfold.application import EventMapper, Projection, ViewBehind
+from leftfold.application.ports import Log, Platform, ViewStore
+from leftfold.domain import LeftfoldError
+from leftfold.infrastructure.errors import ProjectionFailedError
+
+R = TypeVar("R")
+
+_log = logging.getLogger("leftfold.follower")
+
+CACHED_ROWS = 20_000
+"""Rows kept between pages; they are as the last page left them, or are dropped."""
+IDLE = 1.0
+"""Seconds after which the log is looked at without a hint: hints may be lost."""
+LONGEST_PAUSE = 5.0
+"""Seconds to wait at most after a failing database."""
+
+
+class Follower(Generic[R]):
+    """Keeps one view as new as the log.
+
+    A page is folded from rows as they stood at the checkpoint, and written together with the
+    new checkpoint on the condition that the old one still holds. So no event is skipped or
+    folded twice, whoever else follows the same view, and the write lock is held for the writing
+    only.
+    """
+
+    def __init__(
+        self,
+        projection: Projection[R],
+        log: Log,
+        views: ViewStore,
+        mapper: EventMapper,
+        platform: Platform,
+        page_size: int,
+    ) -> None:
+        """Fold at most `page_size` events in one transaction."""
+        self.projection = projection
+        self.position = 0
+        """Up to where the view is folded, as far as this process knows."""
+        self.head = 0
+        """The log's last position, as of the last look."""
+        self.failure: LeftfoldError | None = None
+        """Why the view stopped, if it did."""
+        self._log = log
+        self._views = views
+        self._mapper = mapper
+        self._platform = platform
+        self._page_size = page_size
+        topics = [event_type.TOPIC for event_type in projection.event_types]
+        reads_all = set(topics) >= set(mapper.event_topics())
+        self._topics = () if reads_all else tuple(topics)
+        self._rows: LRUCache[str, R] = LRUCache(CACHED_ROWS)
+        self._rows_at = -1
+        self._hint = asyncio.Event()
+        self._waiting: list[tuple[int, asyncio.Future[None]]] = []
+        self._is_stopping = False
+
+    def wake(self) -> None:
+        """Look at the log now."""
+        self._hint.set()
+
+    def stop(self) -> None:
+        """End after the page under way."""
+        self._is_stopping = True
+        self._hint.set()
+
+    async def run(self) -> None:
+        """Follow the log until stopped, or until an event cannot be folded."""
+        pause = 0.0
+        while not self._is_stopping:
+            self._hint.clear()
+            try:
+                is_behind = await self._platform.in_thread(self.fold_page)
+            except PersistenceError as error:
+                pause = min(max(2 * pause, 0.05), LONGEST_PAUSE)
+                _log.warning("%s waits %.2f s: %s", self.projection.table, pause, error)
+                await self._platform.sleep(pause)
+                continue
+            except LeftfoldError as error:
+                self.failure = error
+            except Exception as error:  # noqa: BLE001 - a bug in the projection stops it, and is said
+                reason = f"{type(error).__name__}: {error}"
+                self.failure = ProjectionFailedError(self.projection.table, reason)
+            if self.failure is not None:
+                _log.error("%s stopped: %s", self.projection.table, self.failure)
+                self._answer()
+                return
+            pause = 0.0
+            self._answer()
+            if not is_behind:
+                await self._wait_for_hint()
+
+    async def wait_for(self, position: int, timeout: float) -> None:
+        """Return when the view has seen a position. Raises `ViewBehind` after some seconds."""
+        if self.position >= position:
+            return
+        seen: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((position, seen))
+        self.wake()
+        try:
+            async with asyncio.timeout(timeout):
+                await seen
+        except TimeoutError:
+            pass
+        if self.position < position:
+            raise ViewBehind(self.projection.name, self.position, position)
+
+    def fold_page(self) -> bool:
+        """Fold the next events into the view; tell whether there may be more to do."""
+        projection, views = self.projection, self._views
+        begun = views.checkpoint(projection)
+        if begun != self._rows_at:
+            self._rows.clear()
+        head = self._log.head()
+        logged = self._log.read(begun, self._page_size, self._topics) if head > begun else []
+        is_full = len(logged) == self._page_size
+        end = begun
+        if logged:
+            end = logged[-1].position if is_full else max(head, logged[-1].position)
+        elif head > begun:
+            end = head
+        if end > begun:
+            decode = self._mapper.decode
+            events = [decode(i, version, topic, state) for _, i, version, topic, state in logged]
+            rows = self._rows_for({projection.key(event) for event in events})
+            touched = projection.fold(events, rows)
+            changed = {key: rows[key] for key in touched}
+            if not views.write(projection, changed, begun, end):
+                self._rows_at = -1
+                return True
+            self._rows_at = end
+            for key, row in changed.items():
+                if row is None:
+                    self._rows.pop(key, None)
+                else:
+                    self._rows[key] = row
+        self.position, self.head = end, max(head, end)
+        return is_full
+
+    def _rows_for(self, keys: set[str]) -> dict[str, Any]:
+        cached = self._rows
+        rows: dict[str, Any] = {key: cached[key] for key in keys if key in cached}
+        missing = [key for key in keys if key not in rows]
+        if missing:
+            rows.update(self._views.load(self.projection, missing))
+        return rows
+
+    def _answer(self) -> None:
+        still: list[tuple[int, asyncio.Future[None]]] = []
+        for position, seen in self._waiting:
+            if seen.done():
+                continue
+            if self.position >= position or self.failure is not None:
+                seen.set_result(None)
+            else:
+                still.append((position, seen))
+        self._waiting = still
+
+    async def _wait_for_hint(self) -> None:
+        try:
+            async with asyncio.timeout(IDLE):
+                await self._hint.wait()
+        except TimeoutError:
+            pass

@@ -1,0 +1,59 @@
+"""Settings: arguments before environment before defaults."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from leftfold.infrastructure.errors import InvalidSettingsError
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Settings(BaseSettings):
+    """How a runtime runs. Each may be given in the environment as `LEFTFOLD_…`."""
+
+    model_config = SettingsConfigDict(env_prefix="LEFTFOLD_", extra="forbid", frozen=True)
+
+    store: str = Field(default="memory:", repr=False)
+    """`memory:`, `sqlite:///path` or `postgresql://…`."""
+    create_tables: bool = True
+    """Make missing tables at start; if not, `leftfold migrate` has to."""
+    memory: Annotated[int, Field(ge=1)] = 10_000
+    """Idle aggregates kept in memory."""
+    command_timeout: Seconds = 30.0
+    """Seconds until a command is answered `OutcomeUnknown`."""
+    view_timeout: Seconds = 5.0
+    """Seconds that a query waits for a view to see its `after`."""
+    conflict_attempts: Annotated[int, Field(ge=1)] = 10
+    """How often a command is handled in all while others change its aggregates first."""
+    page_size: Annotated[int, Field(ge=1, le=100_000)] = 5_000
+    """Events a projection folds in one transaction, at most."""
+    poll_interval: Seconds = 0.1
+    """Seconds between looks at the log when no hint comes."""
+    lock_timeout: Annotated[int, Field(ge=1)] = 5
+    """Seconds to wait for the database's write lock."""
+    drain_on_sigterm: bool = True
+    """On SIGTERM finish what is under way, then let the signal end the process."""
+
+
+def load_settings(**arguments: object) -> Settings:
+    """Read the settings. Raises `InvalidSettingsError`, which never shows a value."""
+    given = {name: value for name, value in arguments.items() if value is not None}
+    try:
+        return Settings(**given)  # type: ignore[arg-type]  # pydantic checks what callers passed
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_input=False)[0]
+        name = ".".join(map(str, fault["loc"]))
+        raise InvalidSettingsError(name, fault["msg"]) from None
+
+
+def masked(url: str) -> str:
+    """Return a store's URL with its password hidden."""
+    password = urlsplit(url).password
+    hidden = url.replace(f":{password}@", ":***@", 1) if password else url
+    return re.sub(r"(password=)[^&\s]+", r"\1***", hidden)

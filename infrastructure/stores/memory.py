@@ -1,0 +1,192 @@
+"""The store in memory: for tests and exploration, and the reference of the contract suite."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+from uuid import UUID
+
+from eventsourcing.persistence import StoredEvent
+from eventsourcing.popo import POPOProcessRecorder
+
+from leftfold.application import Projection
+from leftfold.application.ports import (
+    Committed,
+    Group,
+    LoggedEvent,
+    Order,
+    RecordedCommand,
+    Repeated,
+    Seek,
+    Stale,
+    Verdict,
+)
+
+R = TypeVar("R")
+
+
+class MemoryLog(POPOProcessRecorder):
+    """The log and the recorder of the library, on one list of events."""
+
+    is_local = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._commands: dict[UUID, RecordedCommand] = {}
+
+    def commit(self, groups: Sequence[Group]) -> list[Verdict]:
+        with self._database_lock:
+            verdicts = [self._commit(group) for group in groups]
+        self._notify_listeners()
+        return verdicts
+
+    def _commit(self, group: Group) -> Verdict:
+        if any(save.command_id in self._commands for save in group):
+            return Repeated()
+        index = self._stored_events_index
+        for aggregate_id, versions in _by_aggregate(group).items():
+            stream = index.get(str(aggregate_id), {})
+            if versions != list(range(len(stream) + 1, len(stream) + 1 + len(versions))):
+                return Stale()
+        positions: list[int] = []
+        for save in group:
+            self._update_table(save.events)
+            position = len(self._stored_events) if save.events else 0
+            positions.append(position)
+            self._commands[save.command_id] = RecordedCommand(
+                save.command_id, save.aggregates, position, save.answer
+            )
+        return Committed(tuple(positions))
+
+    def streams(self, aggregate_ids: Sequence[UUID]) -> dict[UUID, list[StoredEvent]]:
+        with self._database_lock:
+            events, index = self._stored_events, self._stored_events_index
+            return {i: [events[at] for at in index.get(str(i), {}).values()] for i in aggregate_ids}
+
+    def versions(self, aggregate_ids: Sequence[UUID]) -> dict[UUID, int]:
+        with self._database_lock:
+            index = self._stored_events_index
+            return {i: len(index[str(i)]) for i in aggregate_ids if index.get(str(i))}
+
+    def commands(self, command_ids: Iterable[UUID]) -> dict[UUID, RecordedCommand]:
+        with self._database_lock:
+            return {i: self._commands[i] for i in command_ids if i in self._commands}
+
+    def read(self, after: int, limit: int, topics: Sequence[str] = ()) -> list[LoggedEvent]:
+        wanted = frozenset(topics)
+        found: list[LoggedEvent] = []
+        with self._database_lock:
+            events = self._stored_events
+            for at in range(after, len(events)):
+                event = events[at]
+                if not wanted or event.topic in wanted:
+                    aggregate_id = event.originator_id
+                    assert isinstance(aggregate_id, UUID)  # noqa: S101 - our mapper's
+                    found.append(
+                        LoggedEvent(
+                            at + 1, aggregate_id, event.originator_version, event.topic, event.state
+                        )
+                    )
+                    if len(found) == limit:
+                        break
+        return found
+
+    def head(self) -> int:
+        return len(self._stored_events)
+
+
+def _by_aggregate(group: Group) -> dict[UUID | str, list[int]]:
+    versions: dict[UUID | str, list[int]] = {}
+    for save in group:
+        for event in save.events:
+            versions.setdefault(event.originator_id, []).append(event.originator_version)
+    return versions
+
+
+class MemoryViews:
+    """Views as dictionaries."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, dict[str, Any]] = {}
+        self._checkpoints: dict[str, int] = {}
+
+    def checkpoint(self, projection: Projection[Any]) -> int:
+        return self._checkpoints.get(projection.table, 0)
+
+    def load(self, projection: Projection[R], keys: Sequence[str]) -> dict[str, R]:
+        rows: dict[str, R] = self._rows.get(projection.table, {})
+        return {key: rows[key] for key in keys if key in rows}
+
+    def write(
+        self,
+        projection: Projection[R],
+        rows: Mapping[str, R | None],
+        expected: int,
+        position: int,
+    ) -> bool:
+        if self.checkpoint(projection) != expected:
+            return False
+        # A new dictionary, so that a reader in another thread sees all of a page or nothing.
+        table = {**self._rows.get(projection.table, {}), **rows}
+        self._rows[projection.table] = {k: row for k, row in table.items() if row is not None}
+        self._checkpoints[projection.table] = position
+        return True
+
+    def get(self, projection: Projection[R], key: str) -> R | None:
+        row: R | None = self._rows.get(projection.table, {}).get(key)
+        return row if row is not None and projection.shows(row) else None
+
+    def select(
+        self,
+        projection: Projection[R],
+        order: Order | None,
+        limit: int | None,
+        seek: Seek | None = None,
+    ) -> list[tuple[str, R]]:
+        rows = self._rows.get(projection.table, {}).items()
+        shown = sorted((key, row) for key, row in rows if projection.shows(row))
+        if order is None:
+            return shown[:limit]
+
+        def rank(value: Any) -> tuple[bool, Any]:
+            return value is not None, value
+
+        def value_of(entry: tuple[str, R]) -> tuple[bool, Any]:
+            return rank(getattr(entry[1], order.column))
+
+        shown.sort(key=value_of, reverse=order.descending)  # stable: ties stay by key
+        if seek is not None:
+            stop = rank(seek.value)
+            shown = [
+                entry
+                for entry in shown
+                if (value_of(entry) == stop and entry[0] > seek.key)
+                or (value_of(entry) < stop if order.descending else value_of(entry) > stop)
+            ]
+        return shown[:limit]
+
+
+class MemoryStore:
+    """All of it in this process; gone when the store is closed."""
+
+    name = "memory:"
+
+    def __init__(self) -> None:
+        self.log = MemoryLog()
+        self.views = MemoryViews()
+
+    def open(self, projections: Sequence[Projection[Any]], *, create_tables: bool) -> None:
+        """Nothing to open."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+    def listen(self) -> None:
+        """No other process writes: there is nothing to hear."""
+
+    def heard(self) -> bool:
+        return True
+
+    def has_changed(self) -> bool:
+        return False

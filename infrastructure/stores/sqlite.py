@@ -1,0 +1,531 @@
+"""The store on SQLite: one file, several processes, no server."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import UUID
+
+from eventsourcing.persistence import (
+    IntegrityError,
+    Notification,
+    OperationalError,
+    PersistenceError,
+    StoredEvent,
+    Tracking,
+)
+from eventsourcing.sqlite import (
+    SQLiteCursor,
+    SQLiteDatastore,
+    SQLiteProcessRecorder,
+)
+
+from leftfold.application import Projection
+from leftfold.application.ports import (
+    Committed,
+    Failed,
+    Group,
+    LoggedEvent,
+    Order,
+    RecordedCommand,
+    Repeated,
+    Save,
+    Seek,
+    Stale,
+    Verdict,
+)
+from leftfold.infrastructure.errors import (
+    SchemaMissingError,
+    SchemaVersionError,
+    StoreUnavailableError,
+    ViewChangedError,
+)
+from leftfold.infrastructure.tables import SQLITE, ViewTable
+
+R = TypeVar("R")
+
+SCHEMA_VERSION = 1
+MAX_PARAMETERS = 500  # ids in one IN (…)
+
+TABLES = (
+    # The position is declared, since VACUUM may renumber an undeclared rowid.
+    """CREATE TABLE IF NOT EXISTS stored_events (
+        position INTEGER PRIMARY KEY,
+        originator_id TEXT NOT NULL,
+        originator_version INTEGER NOT NULL,
+        topic TEXT NOT NULL,
+        state BLOB NOT NULL,
+        UNIQUE (originator_id, originator_version))""",
+    """CREATE TABLE IF NOT EXISTS leftfold_commands (
+        command_id TEXT PRIMARY KEY,
+        command TEXT NOT NULL,
+        recorded_at TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ')),
+        position INTEGER NOT NULL,
+        aggregates TEXT NOT NULL,
+        answer BLOB) WITHOUT ROWID""",
+    """CREATE TABLE IF NOT EXISTS leftfold_checkpoints (
+        name TEXT NOT NULL,
+        version INTEGER NOT NULL,
+        position INTEGER NOT NULL,
+        definition TEXT NOT NULL,
+        owner TEXT,
+        epoch INTEGER NOT NULL DEFAULT 0,
+        lease TEXT,
+        PRIMARY KEY (name, version)) WITHOUT ROWID""",
+    "CREATE TABLE IF NOT EXISTS leftfold_schema (version INTEGER NOT NULL)",
+)
+
+
+class SQLiteFile(SQLiteDatastore):
+    """The library's connections to one file, with transactions that hold the write lock at once.
+
+    A deferred BEGIN that reads and then writes fails at once where another process wrote in
+    between, in spite of the busy timeout.
+    """
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """Commit what the block writes, or nothing."""
+        with self._connection(is_writer=True) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+            except BaseException:
+                connection.rollback()
+                raise
+            connection.commit()
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[sqlite3.Cursor]:
+        """Lend a cursor whose rows are plain tuples."""
+        with self._connection(is_writer=False) as connection:
+            cursor = connection.cursor()
+            cursor.row_factory = None
+            try:
+                yield cursor
+            finally:
+                cursor.close()
+
+    @contextlib.contextmanager
+    def _connection(self, *, is_writer: bool) -> Iterator[sqlite3.Connection]:
+        with self.get_connection(commit=is_writer) as connection:
+            try:
+                yield connection._sqlite_conn
+            except sqlite3.IntegrityError as error:
+                raise IntegrityError(str(error)) from error
+            except sqlite3.OperationalError as error:
+                raise OperationalError(str(error)) from error
+            except sqlite3.Error as error:
+                raise PersistenceError(str(error)) from error
+
+
+class SQLiteLog(SQLiteProcessRecorder):
+    """The log and the recorder of the library, on one table of events."""
+
+    is_local = False
+    datastore: SQLiteFile
+
+    def construct_create_table_statements(self) -> list[str]:
+        return [*TABLES, *super().construct_create_table_statements()[1:]]
+
+    # The application's port
+
+    def commit(self, groups: Sequence[Group]) -> list[Verdict]:
+        try:
+            with self.datastore.writing() as connection:
+                position = _head(connection)
+                if len(groups) == 1:
+                    return [_write_group(connection, groups[0], position)]
+                with contextlib.suppress(sqlite3.IntegrityError):
+                    return _write_all_at_once(connection, groups, position)
+                return _write_one_by_one(connection, groups, position)
+        except _Refused as refused:
+            return [refused.verdict]
+        except PersistenceError as error:
+            # SQLite is in this process: a commit that fails is rolled back.
+            return [Failed(str(error), in_doubt=False)] * len(groups)
+
+    def streams(self, aggregate_ids: Sequence[UUID]) -> dict[UUID, list[StoredEvent]]:
+        found: dict[UUID, list[StoredEvent]] = {}
+        with self.datastore.reading() as cursor:
+            for aggregate_id in aggregate_ids:
+                cursor.execute(
+                    "SELECT originator_version, topic, state FROM stored_events "
+                    "WHERE originator_id = ? ORDER BY originator_version",
+                    (aggregate_id.hex,),
+                )
+                found[aggregate_id] = [StoredEvent(aggregate_id, *values) for values in cursor]
+        return found
+
+    def versions(self, aggregate_ids: Sequence[UUID]) -> dict[UUID, int]:
+        found: dict[UUID, int] = {}
+        with self.datastore.reading() as cursor:
+            for aggregate_id in aggregate_ids:
+                cursor.execute(
+                    "SELECT max(originator_version) FROM stored_events WHERE originator_id = ?",
+                    (aggregate_id.hex,),
+                )
+                (version,) = cursor.fetchone()
+                if version is not None:
+                    found[aggregate_id] = version
+        return found
+
+    def commands(self, command_ids: Sequence[UUID]) -> dict[UUID, RecordedCommand]:
+        found: dict[UUID, RecordedCommand] = {}
+        with self.datastore.reading() as cursor:
+            for ids in _chunks([command_id.hex for command_id in command_ids]):
+                marks = ",".join("?" * len(ids))
+                cursor.execute(
+                    "SELECT command_id, aggregates, position, answer "  # noqa: S608 - question marks
+                    f"FROM leftfold_commands WHERE command_id IN ({marks})",
+                    ids,
+                )
+                for command_id, aggregates, position, answer in cursor:
+                    key = UUID(command_id)
+                    found[key] = RecordedCommand(key, _aggregates(aggregates), position, answer)
+        return found
+
+    def read(self, after: int, limit: int, topics: Sequence[str] = ()) -> list[LoggedEvent]:
+        of_topics = f"AND topic IN ({','.join('?' * len(topics))}) " if topics else ""
+        with self.datastore.reading() as cursor:
+            cursor.execute(
+                "SELECT position, originator_id, originator_version, topic, state "  # noqa: S608 - question marks
+                f"FROM stored_events WHERE position > ? {of_topics}ORDER BY position LIMIT ?",
+                (after, *topics, limit),
+            )
+            return [
+                LoggedEvent(position, UUID(aggregate_id), version, topic, state)
+                for position, aggregate_id, version, topic, state in cursor
+            ]
+
+    def head(self) -> int:
+        with self.datastore.reading() as cursor:
+            return _head(cursor)
+
+    # The library's recorder
+
+    def insert_events(self, stored_events: Sequence[StoredEvent], **kwargs: Any) -> list[int]:
+        with self.datastore.writing() as connection:
+            first = _head(connection) + 1
+            _insert_events(connection, stored_events, first)
+            tracking: Tracking | None = kwargs.get("tracking")
+            if tracking is not None:
+                self._insert_tracking(SQLiteCursor(connection.cursor()), tracking)
+        return list(range(first, first + len(stored_events)))
+
+    def select_notifications(
+        self,
+        start: int | None,
+        limit: int,
+        stop: int | None = None,
+        topics: Sequence[str] = (),
+        *,
+        inclusive_of_start: bool = True,
+    ) -> list[Notification]:
+        after = 0 if start is None else start - 1 if inclusive_of_start else start
+        return [
+            Notification(event.aggregate_id, event.version, event.topic, event.state, event.position)
+            for event in self.read(after, limit, topics)
+            if stop is None or event.position <= stop
+        ]
+
+
+class _Refused(Exception):  # noqa: N818 - carries a verdict out of a transaction
+    def __init__(self, verdict: Verdict) -> None:
+        super().__init__(verdict)
+        self.verdict = verdict
+
+
+def _head(source: sqlite3.Connection | sqlite3.Cursor) -> int:
+    row = source.execute("SELECT max(position) FROM stored_events").fetchone()
+    return row[0] or 0
+
+
+def _insert_events(
+    connection: sqlite3.Connection, events: Iterable[StoredEvent], first: int
+) -> None:
+    connection.executemany(
+        "INSERT INTO stored_events VALUES (?, ?, ?, ?, ?)",
+        [
+            (position, _text(e.originator_id), e.originator_version, e.topic, e.state)
+            for position, e in enumerate(events, first)
+        ],
+    )
+
+
+def _insert_saves(connection: sqlite3.Connection, saves: Iterable[Save], head: int) -> list[int]:
+    events: list[StoredEvent] = []
+    commands: list[tuple[object, ...]] = []
+    positions: list[int] = []
+    for save in saves:
+        events.extend(save.events)
+        position = head + len(events) if save.events else 0
+        positions.append(position)
+        commands.append(
+            (
+                save.command_id.hex,
+                save.command,
+                position,
+                json.dumps([[i.hex, version] for i, version in save.aggregates]),
+                save.answer,
+            )
+        )
+    _insert_events(connection, events, head + 1)
+    connection.executemany(
+        "INSERT INTO leftfold_commands (command_id, command, position, aggregates, answer) "
+        "VALUES (?, ?, ?, ?, ?)",
+        commands,
+    )
+    return positions
+
+
+def _write_group(connection: sqlite3.Connection, group: Group, head: int) -> Committed:
+    try:
+        return Committed(tuple(_insert_saves(connection, group, head)))
+    except sqlite3.IntegrityError as error:
+        raise _Refused(_verdict(error)) from None
+
+
+def _write_all_at_once(
+    connection: sqlite3.Connection, groups: Sequence[Group], head: int
+) -> list[Verdict]:
+    connection.execute("SAVEPOINT together")
+    try:
+        saves = [save for group in groups for save in group]
+        positions = iter(_insert_saves(connection, saves, head))
+    except sqlite3.IntegrityError:
+        connection.execute("ROLLBACK TO together")
+        raise
+    return [Committed(tuple(next(positions) for _ in group)) for group in groups]
+
+
+def _write_one_by_one(
+    connection: sqlite3.Connection, groups: Sequence[Group], head: int
+) -> list[Verdict]:
+    verdicts: list[Verdict] = []
+    for group in groups:
+        connection.execute("SAVEPOINT alone")
+        try:
+            positions = _insert_saves(connection, group, head)
+        except sqlite3.IntegrityError as error:
+            connection.execute("ROLLBACK TO alone")
+            verdicts.append(_verdict(error))
+        else:
+            verdicts.append(Committed(tuple(positions)))
+            head += sum(len(save.events) for save in group)
+        connection.execute("RELEASE alone")
+    return verdicts
+
+
+def _verdict(error: sqlite3.IntegrityError) -> Verdict:
+    return Repeated() if "leftfold_commands" in str(error) else Stale()
+
+
+def _aggregates(text: str) -> tuple[tuple[UUID, int], ...]:
+    return tuple((UUID(i), version) for i, version in json.loads(text))
+
+
+def _text(aggregate_id: UUID | str) -> str:
+    return aggregate_id.hex if isinstance(aggregate_id, UUID) else aggregate_id
+
+
+def _chunks(ids: list[str]) -> Iterator[list[str]]:
+    for begin in range(0, len(ids), MAX_PARAMETERS):
+        yield ids[begin : begin + MAX_PARAMETERS]
+
+
+class SQLiteViews:
+    """Views and their checkpoints as tables beside the events."""
+
+    def __init__(self, file: SQLiteFile) -> None:
+        self._file = file
+        self._tables: dict[str, ViewTable[Any]] = {}
+
+    def table(self, projection: Projection[R]) -> ViewTable[R]:
+        if projection.table not in self._tables:
+            self._tables[projection.table] = ViewTable(projection, SQLITE)
+        return self._tables[projection.table]
+
+    def checkpoint(self, projection: Projection[Any]) -> int:
+        with self._file.reading() as cursor:
+            cursor.execute(
+                "SELECT position FROM leftfold_checkpoints WHERE name = ? AND version = ?",
+                (projection.name, projection.version),
+            )
+            (position,) = cursor.fetchone()
+            return int(position)
+
+    def load(self, projection: Projection[R], keys: Sequence[str]) -> dict[str, R]:
+        table = self.table(projection)
+        columns = ", ".join(projection.columns)
+        found: dict[str, R] = {}
+        with self._file.reading() as cursor:
+            for chunk in _chunks(list(keys)):
+                marks = ",".join("?" * len(chunk))
+                cursor.execute(
+                    f"SELECT key, {columns} FROM {projection.table} WHERE key IN ({marks})",  # noqa: S608 - names from the row type
+                    chunk,
+                )
+                for key, *values in cursor:
+                    found[key] = table.decode(values)
+        return found
+
+    def write(
+        self,
+        projection: Projection[R],
+        rows: Mapping[str, R | None],
+        expected: int,
+        position: int,
+    ) -> bool:
+        table = self.table(projection)
+        changed = [table.encode(key, row) for key, row in rows.items() if row is not None]
+        deleted = [(key,) for key, row in rows.items() if row is None]
+        with self._file.writing() as connection:
+            moved = connection.execute(
+                "UPDATE leftfold_checkpoints SET position = ? "
+                "WHERE name = ? AND version = ? AND position = ?",
+                (position, projection.name, projection.version, expected),
+            )
+            if moved.rowcount != 1:
+                return False
+            connection.executemany(table.upsert, changed)
+            connection.executemany(f"DELETE FROM {projection.table} WHERE key = ?", deleted)  # noqa: S608 - the projection's table
+        return True
+
+    def get(self, projection: Projection[R], key: str) -> R | None:
+        row = self.load(projection, (key,)).get(key)
+        return row if row is not None and projection.shows(row) else None
+
+    def select(
+        self,
+        projection: Projection[R],
+        order: Order | None,
+        limit: int | None,
+        seek: Seek | None = None,
+    ) -> list[tuple[str, R]]:
+        table = self.table(projection)
+        query = table.select(order, limit, seek)
+        with self._file.reading() as cursor:
+            cursor.execute(query.sql, query.parameters)
+            return [(key, table.decode(values)) for key, *values in cursor]
+
+
+class SQLiteStore:
+    """A file with events, views and checkpoints."""
+
+    def __init__(self, path: str, lock_timeout: int) -> None:
+        """Use this file; wait up to `lock_timeout` seconds for its write lock."""
+        self.name = f"sqlite:///{path}"
+        self._path = Path(path)
+        self._lock_timeout = lock_timeout
+        self._watched: sqlite3.Connection | None = None
+        self._seen = 0
+        self._file: SQLiteFile | None = None
+
+    def open(self, projections: Sequence[Projection[Any]], *, create_tables: bool) -> None:
+        """Open the file and see to its tables.
+
+        Raises `StoreUnavailableError`, `SchemaMissingError`, `SchemaVersionError`,
+        `ViewChangedError`.
+        """
+        if not create_tables and not self._path.exists():
+            raise SchemaMissingError(self.name, "stored_events")
+        try:
+            self._prepare_file()
+            file = SQLiteFile(str(self._path), lock_timeout=self._lock_timeout, pool_size=8)
+            self._file = file
+            self.views = SQLiteViews(file)
+            self.log = SQLiteLog(file)
+            with file.writing() as connection:
+                _set_up(connection, self.name, self.log, create_tables=create_tables)
+                for projection in projections:
+                    table = self.views.table(projection)
+                    _set_up_view(connection, self.name, table, create_tables=create_tables)
+        except (sqlite3.Error, PersistenceError, OSError) as error:
+            self.close()
+            raise StoreUnavailableError(self.name, str(error)) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare_file(self) -> None:
+        """Set the journal's mode, which no other connection may be in the way of."""
+        connection = sqlite3.connect(self._path, timeout=self._lock_timeout, isolation_level=None)
+        with contextlib.closing(connection):
+            (mode,) = connection.execute("PRAGMA journal_mode").fetchone()
+            if mode.lower() != "wal":
+                connection.execute("BEGIN EXCLUSIVE")
+                connection.execute("COMMIT")
+                connection.execute("PRAGMA journal_mode = WAL")
+
+    def listen(self) -> None:
+        """SQLite sends no hints; `has_changed` is asked instead."""
+
+    def heard(self) -> bool:
+        return True
+
+    def has_changed(self) -> bool:
+        """Tell whether another connection has written since the last look."""
+        if self._watched is None:
+            self._watched = sqlite3.connect(
+                f"file:{self._path}?mode=ro", uri=True, check_same_thread=False
+            )
+        (version,) = self._watched.execute("PRAGMA data_version").fetchone()
+        changed, self._seen = version != self._seen, version
+        return changed
+
+    def close(self) -> None:
+        """Close all connections."""
+        if self._watched is not None:
+            self._watched.close()
+            self._watched = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _set_up(
+    connection: sqlite3.Connection, name: str, log: SQLiteLog, *, create_tables: bool
+) -> None:
+    if create_tables:
+        for statement in log.create_table_statements:
+            connection.execute(statement)
+        if not connection.execute("SELECT 1 FROM leftfold_schema").fetchone():
+            connection.execute("INSERT INTO leftfold_schema VALUES (?)", (SCHEMA_VERSION,))
+    elif not _has_table(connection, "leftfold_schema"):
+        raise SchemaMissingError(name, "leftfold_schema")
+    (found,) = connection.execute("SELECT version FROM leftfold_schema").fetchone()
+    if found != SCHEMA_VERSION:
+        raise SchemaVersionError(name, found, SCHEMA_VERSION)
+
+
+def _set_up_view(
+    connection: sqlite3.Connection, name: str, table: ViewTable[Any], *, create_tables: bool
+) -> None:
+    projection = table.projection
+    found = connection.execute(
+        "SELECT definition FROM leftfold_checkpoints WHERE name = ? AND version = ?",
+        (projection.name, projection.version),
+    ).fetchone()
+    if found is not None:
+        if found[0] != table.definition:
+            raise ViewChangedError(projection.table)
+        return
+    if not create_tables:
+        raise SchemaMissingError(name, projection.table)
+    connection.execute(table.definition)
+    connection.execute(f"DROP VIEW IF EXISTS {projection.name}")
+    connection.execute(table.member_view)
+    connection.execute(
+        "INSERT INTO leftfold_checkpoints (name, version, position, definition) VALUES (?, ?, 0, ?)",
+        (projection.name, projection.version, table.definition),
+    )
+
+
+def _has_table(connection: sqlite3.Connection, table: str) -> bool:
+    query = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?"
+    return connection.execute(query, (table,)).fetchone() is not None

@@ -1,0 +1,86 @@
+"""What query services read: views that have seen enough, and streams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+from uuid import UUID
+
+from leftfold.application import EventMapper, InvalidModelError, Page, Projection
+from leftfold.application.ports import Order, Platform, Store
+from leftfold.application.reading import current_after, parse_order, read_cursor, write_cursor
+from leftfold.domain import Aggregate, DomainEvent, Event
+from leftfold.infrastructure.follower import Follower
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class FollowedViews:
+    """Views of a store, each kept up to date by a follower of this runtime."""
+
+    def __init__(
+        self, store: Store, followers: Mapping[str, Follower[Any]], platform: Platform, timeout: float
+    ) -> None:
+        """Wait up to `timeout` seconds for a view to see what a query asks for."""
+        self._store = store
+        self._followers = followers
+        self._platform = platform
+        self._timeout = timeout
+
+    async def get(self, projection: Projection[R], key: str) -> R | None:
+        return await self._read(projection, self._store.views.get, projection, key)
+
+    async def rows(
+        self, projection: Projection[R], order: Order | None = None, limit: int | None = None
+    ) -> tuple[R, ...]:
+        select = self._store.views.select
+        found = await self._read(projection, select, projection, order, limit)
+        return tuple(row for _, row in found)
+
+    async def page(
+        self, projection: Projection[R], order: str, limit: int, cursor: str | None = None
+    ) -> Page[R]:
+        by = parse_order(projection, order)
+        seek = read_cursor(projection, by, cursor) if cursor is not None else None
+        select = self._store.views.select
+        found = await self._read(projection, select, projection, by, limit + 1, seek)
+        shown, is_last = found[:limit], len(found) <= limit
+        after = None if is_last else write_cursor(projection, by, *shown[-1])
+        return Page(tuple(row for _, row in shown), after)
+
+    async def _read(self, projection: Projection[Any], function: Callable[..., T], *args: Any) -> T:
+        follower = self._followers.get(projection.table)
+        if follower is None:
+            raise InvalidModelError(f"{projection.table} is no projection of this model")
+        after = current_after.get()
+        if after is not None:
+            await follower.wait_for(after.position, self._timeout)
+        if self._store.log.is_local:
+            return function(*args)
+        return await self._platform.in_thread(function, *args)
+
+
+class StoredHistories:
+    """Streams of a store."""
+
+    def __init__(self, store: Store, mapper: EventMapper, platform: Platform) -> None:
+        """Read streams and decode them."""
+        self._store = store
+        self._mapper = mapper
+        self._platform = platform
+
+    async def events(
+        self, aggregate_type: type[Aggregate], aggregate_id: UUID
+    ) -> tuple[Event, ...]:
+        def read() -> tuple[Event, ...]:
+            streams = self._store.log.streams([aggregate_id])
+            return tuple(self._mapper.decode_all(streams.get(aggregate_id, ())))
+
+        return await self._platform.in_thread(read)
+
+    async def history(
+        self, aggregate_type: type[Aggregate], aggregate_id: UUID
+    ) -> tuple[DomainEvent, ...]:
+        events = await self.events(aggregate_type, aggregate_id)
+        return tuple(DomainEvent.of(event, aggregate_type.TOPIC) for event in events)
