@@ -1,0 +1,37 @@
+"""The infrastructure layer: stores, the runtime, the CLI, test support. The only place that wires."""
+
+from leftfold.infrastructure.blocking import BlockingRuntime
+from leftfold.infrastructure.errors import (
+    ForkedRuntimeError,
+    InfrastructureError,
+    InvalidSettingsError,
+    MissingPackageError,
+    NotRunningError,
+    ProjectionFailedError,
+    SchemaMissingError,
+    SchemaVersionError,
+    StoreUnavailableError,
+    ValueOutOfRangeError,
+    ViewChangedError,
+)
+from leftfold.infrastructure.runtime import Health, ProjectionHealth, Runtime
+from leftfold.infrastructure.settings import Settings
+
+__all__ = [
+    "BlockingRuntime",
+    "ForkedRuntimeError",
+    "Health",
+    "InfrastructureError",
+    "InvalidSettingsError",
+    "MissingPackageError",
+    "NotRunningError",
+    "ProjectionFailedError",
+    "ProjectionHealth",
+    "Runtime",
+    "SchemaMissingError",
+    "SchemaVersionError",
+    "Settings",
+    "StoreUnavailableError",
+    "ValueOutOfRangeError",
+    "ViewChangedError",
+]

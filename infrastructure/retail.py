@@ -1,0 +1,289 @@
+"""Reading a shop's sales in the format of the UCI Online Retail data set."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import lzma
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from decimal import Decimal, InvalidOperation
+from functools import lru_cache
+from itertools import groupby
+from operator import attrgetter
+from pathlib import Path
+from typing import IO, Literal, NamedTuple
+
+from leftfold.application.items import InvoiceLine
+from leftfold.domain import Personal
+from leftfold.domain.items import MAX_AMOUNT, MAX_PRICE_DECIMALS, MAX_SKU_LENGTH
+from leftfold.infrastructure.errors import InfrastructureError
+
+HEADER = (
+    "InvoiceNo",
+    "StockCode",
+    "Description",
+    "Quantity",
+    "InvoiceDate",
+    "UnitPrice",
+    "CustomerID",
+    "Country",
+)
+PRODUCT = re.compile(r"[0-9]{5}[A-Za-z]{0,2}|DCGS.*|gift_0001_.*|PADS", re.DOTALL)
+
+Kind = Literal["sale", "return", "write_off", "receipt"]
+
+
+class DamagedFileError(InfrastructureError, message="{file}, line {line}: {reason}"):
+    """The file cannot be read to its end."""
+
+    file: str
+    line: int
+    reason: str
+
+
+class Row(NamedTuple):
+    """One line of the file. Quantities are in pieces, negative for what goes out or comes back."""
+
+    line: int
+    invoice: str
+    code: str
+    description: str
+    quantity: int
+    at: datetime
+    price: Decimal
+    customer: str
+    country: str
+
+
+@dataclass(slots=True)
+class Product:
+    """What the file tells of one item before it is registered."""
+
+    first_seen: datetime
+    name: str = ""
+    unit_price: Decimal = Decimal(0)
+    opening_stock: int = 0
+    """The smallest that never lets the stock go below zero."""
+    stock: int = 0
+    """Where the stock ends, counted from none."""
+
+
+@dataclass
+class Survey:
+    """What a first pass over a file finds."""
+
+    digest: str = ""
+    """SHA-256 of the file's text, so of what it holds and not of how it is packed."""
+    rows: int = 0
+    kinds: Counter[Kind] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Rows whose code is no product, by code."""
+    odd: list[tuple[int, str]] = field(default_factory=list)
+    """Rows of no known shape: line and reason."""
+    products: dict[str, Product] = field(default_factory=dict)
+
+
+def survey(path: Path) -> Survey:
+    """Read the file once: count its rows, and find each item's name, price and opening stock.
+
+    Raises `DamagedFileError`.
+    """
+    found = Survey()
+    digest = hashlib.sha256()
+    for row in read_rows(path, digest):
+        found.rows += 1
+        if not PRODUCT.fullmatch(row.code):
+            found.skipped[row.code] += 1
+            continue
+        kind = kind_of(row)
+        if kind is None:
+            found.odd.append((row.line, _oddity(row)))
+            continue
+        found.kinds[kind] += 1
+        product = found.products.get(row.code)
+        if product is None:
+            product = found.products[row.code] = Product(row.at)
+        # Sold goods leave and returned ones, whose quantity is negative, come back.
+        product.stock += -row.quantity if kind in {"sale", "return"} else row.quantity
+        product.opening_stock = max(product.opening_stock, -product.stock)
+        product.name = product.name or row.description.strip()
+        product.unit_price = product.unit_price or row.price
+    found.digest = digest.hexdigest()
+    return found
+
+
+def read_runs(path: Path) -> Iterator[tuple[int, str, list[Row]]]:
+    """Yield each run of consecutive rows of one invoice: its number from 0, the invoice, the rows.
+
+    Rows that are no movement of a product are left out; a run may be left without any.
+    Raises `DamagedFileError`.
+    """
+    runs = groupby(read_rows(path), key=attrgetter("invoice"))
+    for number, (invoice, rows) in enumerate(runs):
+        yield number, invoice, [r for r in rows if PRODUCT.fullmatch(r.code) and kind_of(r)]
+
+
+def kind_of(row: Row) -> Kind | None:
+    """Tell what a row means by its shape; None if it has no known shape."""
+    quantity, price = row.quantity, row.price
+    if not _fits(row):
+        return None
+    if quantity > 0:
+        return "sale" if price else "receipt"
+    if quantity < 0:
+        if row.invoice.startswith("C"):
+            return "return"
+        if not price:
+            return "write_off"
+    return None
+
+
+def line_of(row: Row) -> InvoiceLine:
+    """Make the command's line of a row that is a movement."""
+    kind = kind_of(row)
+    if kind in {"sale", "return"}:
+        return InvoiceLine(
+            kind=kind,
+            sku=row.code,
+            quantity=abs(row.quantity),
+            unit_price=row.price,
+            country=row.country,
+            customer_id=Personal(row.customer) if row.customer else None,
+            occurred_at=row.at,
+        )
+    assert kind is not None  # noqa: S101 - read_runs leaves out the others
+    reason = row.description.strip() if kind == "write_off" else ""
+    return InvoiceLine(
+        kind=kind, sku=row.code, quantity=abs(row.quantity), reason=reason, occurred_at=row.at
+    )
+
+
+def read_rows(path: Path, digest: hashlib._Hash | None = None) -> Iterator[Row]:
+    """Yield the file's rows; feed what is read to the digest. Raises `DamagedFileError`."""
+    line = 1
+    try:
+        with open_text(path, digest) as text:
+            reader = csv.reader(text, strict=True)
+            header = next(reader, None)
+            if header is None or tuple(header) != HEADER:
+                raise DamagedFileError(path.name, 1, f"the header is not {','.join(HEADER)}")
+            for fields in reader:
+                line = reader.line_num
+                yield _row(path, line, fields)
+    except UnicodeDecodeError:
+        line, reason = _find_undecodable(path)
+        raise DamagedFileError(path.name, line, reason) from None
+    except (EOFError, OSError, lzma.LZMAError, zlib.error, csv.Error) as error:
+        raise DamagedFileError(path.name, line + 1, str(error) or type(error).__name__) from None
+
+
+def open_text(path: Path, digest: hashlib._Hash | None = None) -> io.TextIOWrapper:
+    """Open a `.csv`, `.csv.gz` or `.csv.xz` file as text, feeding its bytes to the digest."""
+    binary: IO[bytes]
+    match path.suffix:
+        case ".xz":
+            binary = lzma.open(path)  # noqa: SIM115 - the caller closes the wrapper around it
+        case ".gz":
+            binary = gzip.open(path)  # noqa: SIM115 - see above
+        case _:
+            binary = path.open("rb")
+    source = _Digested(binary, digest) if digest is not None else binary
+    return io.TextIOWrapper(source, encoding="utf-8", newline="")  # type: ignore[arg-type]  # a reader is all it needs
+
+
+class _Digested(io.BufferedIOBase):
+    """Passes bytes on and feeds them to a digest."""
+
+    def __init__(self, source: IO[bytes], digest: hashlib._Hash) -> None:
+        self._source = source
+        self._digest = digest
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = self._source.read(-1 if size is None else size)
+        self._digest.update(data)
+        return data
+
+    def read1(self, size: int = -1, /) -> bytes:
+        return self.read(size)
+
+    def close(self) -> None:
+        self._source.close()
+        super().close()
+
+
+def _row(path: Path, line: int, fields: list[str]) -> Row:
+    try:
+        invoice, code, description, quantity, at, price, customer, country = fields
+    except ValueError:
+        reason = f"{len(fields)} fields instead of {len(HEADER)}"
+        raise DamagedFileError(path.name, line, reason) from None
+    try:
+        return Row(
+            line, invoice, code, description, int(quantity), _moment(at), _price(price), customer, country
+        )
+    except (ValueError, InvalidOperation):
+        faults = [
+            f"{name} {text!r} is not {what}"
+            for name, text, what, parse in (
+                ("Quantity", quantity, "a whole number", int),
+                ("InvoiceDate", at, "a time YYYY-MM-DD HH:MM", _moment),
+                ("UnitPrice", price, "a number", _price),
+            )
+            if not _parses(parse, text)
+        ]
+        raise DamagedFileError(path.name, line, "; ".join(faults)) from None
+
+
+def _parses(parse: object, text: str) -> bool:
+    try:
+        parse(text)  # type: ignore[operator]  # one of three functions of a text
+    except (ValueError, InvalidOperation):
+        return False
+    return True
+
+
+@lru_cache(maxsize=1_024)
+def _moment(text: str) -> datetime:
+    return datetime.strptime(text, "%Y-%m-%d %H:%M").replace(tzinfo=UTC)
+
+
+@lru_cache(maxsize=8_192)
+def _price(text: str) -> Decimal:
+    price = Decimal(text)
+    if not price.is_finite():
+        raise ValueError(text)
+    return price
+
+
+def _fits(row: Row) -> bool:
+    return (
+        0 <= row.price <= MAX_AMOUNT
+        and row.price == round(row.price, MAX_PRICE_DECIMALS)
+        and abs(row.quantity) <= MAX_AMOUNT
+        and len(row.code) <= MAX_SKU_LENGTH
+        and "\0" not in row.code
+    )
+
+
+def _oddity(row: Row) -> str:
+    return f"invoice {row.invoice}: quantity {row.quantity} at price {row.price} has no known shape"
+
+
+def _find_undecodable(path: Path) -> tuple[int, str]:
+    with open_text(path) as text:
+        for number, data in enumerate(text.buffer, 1):
+            try:
+                data.decode()
+            except UnicodeDecodeError as error:
+                return number, f"not UTF-8: {error.reason} at byte {error.start + 1}"
+    return 0, "not UTF-8"
