@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from inspect import isawaitable
+from operator import attrgetter
 from typing import Any
 from uuid import UUID
 
@@ -88,7 +89,8 @@ class Execution:
             raise NestedDispatchError(dispatch.name)
         self._running += 1
         try:
-            with clock.clock(self._platform.now):
+            moment = self._platform.now()  # one for all that the command records
+            with clock.clock(lambda: moment):
                 if isinstance(dispatch.message, Batch):
                     parts = dispatch.message.parts
                     return await self._carry_out(parts, await self._known(parts))
@@ -171,7 +173,7 @@ class Execution:
     async def _take_all(self, unit: Unit, wanted: Mapping[UUID, type[Aggregate]]) -> None:
         """Take aggregates in hand in the order of their ids, waiting for each; read the absent."""
         absent: list[UUID] = []
-        for aggregate_id in sorted(wanted) if len(wanted) > 1 else wanted:
+        for aggregate_id in sorted(wanted, key=_number):
             if self._memory.is_taken(aggregate_id):
                 await self._memory.wait_for(aggregate_id)
             unit.loaded[aggregate_id] = aggregate = self._memory.take(aggregate_id)
@@ -211,7 +213,7 @@ class Execution:
         return refusal
 
     def _save(self, unit: Unit, part: Dispatch[Any], value: object, begun: int) -> Save:
-        encode = self._mapper.to_stored_event
+        encode = self._mapper.encode
         answer = None if isinstance(value, Receipt) else _answer_type(part).dump_json(value)
         return Save(
             part.command_id,
@@ -268,6 +270,9 @@ class Execution:
         if self._log.is_local:
             return function(*args)
         return await self._platform.in_thread(function, *args)
+
+
+_number = attrgetter("int")  # UUIDs compare by it, more slowly
 
 
 def _complete(value: Any, position: int) -> Any:

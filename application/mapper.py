@@ -16,6 +16,7 @@ from leftfold.application.errors import (
     UnknownTopicError,
     UnreadableEventError,
 )
+from leftfold.application.ports import EncodedEvent
 from leftfold.domain import Aggregate, Event, Snapshot
 from leftfold.domain.event import upcast
 
@@ -57,8 +58,11 @@ class EventMapper(Mapper[UUID]):
         return tuple(topic for topic, t in cls.types.items() if issubclass(t, Event))
 
     def to_stored_event(self, domain_event: DomainEventProtocol[UUID]) -> StoredEvent:
-        """Encode an event or snapshot as JSON."""
-        event: Any = domain_event
+        """Encode an event or snapshot for the library; see `encode`."""
+        return StoredEvent(*self.encode(domain_event))
+
+    def encode(self, event: Any) -> EncodedEvent:
+        """Encode an event or snapshot as JSON. Raises `UnknownTopicError`."""
         event_type = type(event)
         topic: str = event_type.TOPIC
         if self.types.get(topic) is not event_type:
@@ -66,12 +70,12 @@ class EventMapper(Mapper[UUID]):
         state: bytes = event_type.__pydantic_serializer__.to_json(event, exclude=_NOT_STORED)
         class_version = getattr(event_type, "class_version", 1)
         if class_version > 1:
-            state = b"%s,\"class_version\":%d}" % (state[:-1], class_version)
+            state = b'%s,"class_version":%d}' % (state[:-1], class_version)
         if self.compressor:
             state = self.compressor.compress(state)
         if self.cipher:
             state = self.cipher.encrypt(state)
-        return StoredEvent(event.originator_id, event.originator_version, topic, state)
+        return EncodedEvent(event.originator_id, event.originator_version, topic, state)
 
     def to_domain_event(self, stored_event: StoredEvent) -> Any:
         """Decode a stored event or snapshot.
@@ -112,9 +116,9 @@ class EventMapper(Mapper[UUID]):
         envelope["originator_version"] = version
         return event
 
-    def decode_all(self, stored: Iterable[StoredEvent]) -> list[Event]:
+    def decode_all(self, stream: Iterable[EncodedEvent]) -> list[Event]:
         """Decode the events of a stream."""
-        return [self.to_domain_event(event) for event in stored]
+        return [self.decode(*event) for event in stream]
 
 
 def _as_uuid(value: UUID | str) -> UUID:

@@ -8,8 +8,6 @@ from datetime import datetime
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 from uuid import UUID
 
-from eventsourcing.persistence import StoredEvent
-
 from leftfold.application.projection import Projection
 
 T = TypeVar("T")
@@ -44,6 +42,15 @@ class Platform(Protocol):
         ...
 
 
+class EncodedEvent(NamedTuple):
+    """An event as the log takes it in."""
+
+    aggregate_id: UUID
+    version: int
+    topic: str
+    state: bytes
+
+
 class LoggedEvent(NamedTuple):
     """A stored event with its position, as the log gives it out."""
 
@@ -60,7 +67,7 @@ class Save:
 
     command_id: UUID
     command: str
-    events: Sequence[StoredEvent]
+    events: Sequence[EncodedEvent]
     aggregates: tuple[tuple[UUID, int], ...]
     answer: bytes | None
     """The handler's answer as JSON; None if it is the receipt itself."""
@@ -122,7 +129,7 @@ class Log(Protocol):
         """Write groups in their order; each gets its own verdict."""
         ...
 
-    def streams(self, aggregate_ids: Sequence[UUID]) -> dict[UUID, list[StoredEvent]]:
+    def streams(self, aggregate_ids: Sequence[UUID]) -> dict[UUID, list[EncodedEvent]]:
         """Return the events of each aggregate by version; an absent one has none."""
         ...
 

@@ -90,16 +90,17 @@ class Projection(Generic[R]):
         evolve = self._evolve.get(type(event))
         return evolve(row, event) if evolve else row
 
-    def fold(self, events: Iterable[Event], rows: MutableMapping[str, R | None]) -> set[str]:
-        """Fold events into rows by key; return the keys that events touched."""
-        evolve_by_type, key_of, touched = self._evolve, self.key, set[str]()
-        for event in events:
-            evolve = evolve_by_type.get(type(event))
-            if evolve is not None:
-                key = key_of(event)
-                rows[key] = evolve(rows.get(key), event)
-                touched.add(key)
-        return touched
+    def fold(
+        self, events: Iterable[Event], load: Callable[[set[str]], MutableMapping[str, R | None]]
+    ) -> dict[str, R | None]:
+        """Fold events into the rows that `load` answers for their keys; return the touched rows."""
+        evolve_by_type, key_of = self._evolve, self.key
+        keyed = [(key_of(event), event) for event in events if type(event) in evolve_by_type]
+        keys = {key for key, _ in keyed}
+        rows = load(keys) if keys else {}
+        for key, event in keyed:
+            rows[key] = evolve_by_type[type(event)](rows.get(key), event)
+        return {key: rows[key] for key in keys}
 
     def shows(self, row: R) -> bool:
         """Tell whether the row is a member of the view."""

@@ -39,12 +39,13 @@ class Unit:
     once its aggregates are known to be as the store has them, so that they may stay in memory.
     """
 
-    __slots__ = ("command_id", "events", "fresh", "is_sound", "loaded", "versions")
+    __slots__ = ("command_id", "events", "fresh", "is_sound", "loaded", "used", "versions")
 
     def __init__(self) -> None:
         self.loaded: dict[UUID, Aggregate | None] = {}
         self.events: list[Event] = []
         self.versions: dict[UUID, int] = {}
+        self.used: list[Aggregate | None] = []
         self.command_id = UUID(int=0)
         self.fresh: set[UUID] = set()
         self.is_sound = False
@@ -57,6 +58,7 @@ class Unit:
             raise NotInMemory(
                 {i: aggregate_type for i in aggregate_ids if i not in loaded}
             ) from None
+        self.used += found
         return found
 
     def save(self, aggregates: Iterable[Aggregate]) -> Receipt:
@@ -71,11 +73,12 @@ class Unit:
         """Stage what follows for this command."""
         self.command_id = command_id
         self.versions = {}
+        self.used = []
 
     @property
     def is_changed(self) -> bool:
-        """Some aggregate has events that are not saved."""
-        return any(a is not None and a._pending_events for a in self.loaded.values())
+        """An aggregate that the command uses has events that are not saved."""
+        return any(a is not None and a._pending_events for a in self.used)
 
 
 current_unit: ContextVar[Unit | None] = ContextVar("leftfold_unit", default=None)

@@ -15,6 +15,7 @@ from leftfold.domain.specification import Specification, attr
 
 MAX_SKU_LENGTH = 20  # characters
 MAX_PRICE_DECIMALS = 3
+PRICE_UNITS = 10**MAX_PRICE_DECIMALS  # that one pound has
 MAX_AMOUNT = 1_000_000_000  # of pieces in one movement, and of a unit price
 
 
@@ -287,12 +288,7 @@ def _valid_quantity(quantity: int) -> int:
 
 
 def _valid_price(price: Decimal) -> Decimal:
-    exponent = price.as_tuple().exponent if price.is_finite() else None
-    if (
-        not isinstance(exponent, int)
-        or exponent < -MAX_PRICE_DECIMALS
-        or not 0 <= price <= MAX_AMOUNT
-    ):
+    if not price.is_finite() or not 0 <= price <= MAX_AMOUNT or price * PRICE_UNITS % 1:
         raise InvalidPrice(price)
     return price
 

@@ -20,6 +20,8 @@ _log = logging.getLogger("leftfold.follower")
 
 CACHED_ROWS = 20_000
 """Rows kept between pages; they are as the last page left them, or are dropped."""
+CHUNK = 500
+"""Events decoded at a time: few enough to stay in the processor's caches."""
 IDLE = 1.0
 """Seconds after which the log is looked at without a hint: hints may be lost."""
 LONGEST_PAUSE = 5.0
@@ -132,10 +134,15 @@ class Follower(Generic[R]):
             end = head
         if end > begun:
             decode = self._mapper.decode
-            events = [decode(i, version, topic, state) for _, i, version, topic, state in logged]
-            rows = self._rows_for({projection.key(event) for event in events})
-            touched = projection.fold(events, rows)
-            changed = {key: rows[key] for key in touched}
+            changed: dict[str, R | None] = {}
+
+            def load(keys: set[str]) -> dict[str, R | None]:
+                return {**self._load(keys - changed.keys()), **_picked(changed, keys)}
+
+            for begin in range(0, len(logged), CHUNK):
+                chunk = logged[begin : begin + CHUNK]
+                events = [decode(i, version, topic, state) for _, i, version, topic, state in chunk]
+                changed.update(projection.fold(events, load))
             if not views.write(projection, changed, begun, end):
                 self._rows_at = -1
                 return True
@@ -148,9 +155,9 @@ class Follower(Generic[R]):
         self.position, self.head = end, max(head, end)
         return is_full
 
-    def _rows_for(self, keys: set[str]) -> dict[str, Any]:
+    def _load(self, keys: set[str]) -> dict[str, R | None]:
         cached = self._rows
-        rows: dict[str, Any] = {key: cached[key] for key in keys if key in cached}
+        rows: dict[str, R | None] = {key: cached[key] for key in keys if key in cached}
         missing = [key for key in keys if key not in rows]
         if missing:
             rows.update(self._views.load(self.projection, missing))
@@ -173,3 +180,7 @@ class Follower(Generic[R]):
                 await self._hint.wait()
         except TimeoutError:
             pass
+
+
+def _picked(rows: dict[str, R | None], keys: set[str]) -> dict[str, R | None]:
+    return {key: rows[key] for key in keys if key in rows}

@@ -18,11 +18,11 @@ from functools import lru_cache
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
-from typing import IO, Literal, NamedTuple
+from typing import IO, Literal, NamedTuple, cast
 
 from leftfold.application.items import InvoiceLine
 from leftfold.domain import Personal
-from leftfold.domain.items import MAX_AMOUNT, MAX_PRICE_DECIMALS, MAX_SKU_LENGTH
+from leftfold.domain.items import MAX_AMOUNT, PRICE_UNITS
 from leftfold.infrastructure.errors import InfrastructureError
 
 HEADER = (
@@ -35,9 +35,12 @@ HEADER = (
     "CustomerID",
     "Country",
 )
-PRODUCT = re.compile(r"[0-9]{5}[A-Za-z]{0,2}|DCGS.*|gift_0001_.*|PADS", re.DOTALL)
+PRODUCT = re.compile(r"[0-9]{5}[A-Za-z]{0,2}|DCGS[^\0]{0,16}|gift_0001_[^\0]{0,10}|PADS")
+"""The codes that are SKUs, none of which is longer than one may be."""
 
-Kind = Literal["sale", "return", "write_off", "receipt"]
+Movement = Literal["sale", "return", "write_off", "receipt"]
+Kind = Literal["sale", "return", "write_off", "receipt", "skipped", "odd"]
+"""`skipped`: the code is no product. `odd`: a product's row of no known shape."""
 
 
 class DamagedFileError(InfrastructureError, message="{file}, line {line}: {reason}"):
@@ -60,6 +63,7 @@ class Row(NamedTuple):
     price: Decimal
     customer: str
     country: str
+    kind: Kind
 
 
 @dataclass(slots=True)
@@ -82,7 +86,7 @@ class Survey:
     digest: str = ""
     """SHA-256 of the file's text, so of what it holds and not of how it is packed."""
     rows: int = 0
-    kinds: Counter[Kind] = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
     """Rows whose code is no product, by code."""
     odd: list[tuple[int, str]] = field(default_factory=list)
@@ -99,19 +103,18 @@ def survey(path: Path) -> Survey:
     digest = hashlib.sha256()
     for row in read_rows(path, digest):
         found.rows += 1
-        if not PRODUCT.fullmatch(row.code):
+        found.kinds[row.kind] += 1
+        if row.kind == "skipped":
             found.skipped[row.code] += 1
             continue
-        kind = kind_of(row)
-        if kind is None:
+        if row.kind == "odd":
             found.odd.append((row.line, _oddity(row)))
             continue
-        found.kinds[kind] += 1
         product = found.products.get(row.code)
         if product is None:
             product = found.products[row.code] = Product(row.at)
         # Sold goods leave and returned ones, whose quantity is negative, come back.
-        product.stock += -row.quantity if kind in {"sale", "return"} else row.quantity
+        product.stock += -row.quantity if row.kind in {"sale", "return"} else row.quantity
         product.opening_stock = max(product.opening_stock, -product.stock)
         product.name = product.name or row.description.strip()
         product.unit_price = product.unit_price or row.price
@@ -127,27 +130,12 @@ def read_runs(path: Path) -> Iterator[tuple[int, str, list[Row]]]:
     """
     runs = groupby(read_rows(path), key=attrgetter("invoice"))
     for number, (invoice, rows) in enumerate(runs):
-        yield number, invoice, [r for r in rows if PRODUCT.fullmatch(r.code) and kind_of(r)]
-
-
-def kind_of(row: Row) -> Kind | None:
-    """Tell what a row means by its shape; None if it has no known shape."""
-    quantity, price = row.quantity, row.price
-    if not _fits(row):
-        return None
-    if quantity > 0:
-        return "sale" if price else "receipt"
-    if quantity < 0:
-        if row.invoice.startswith("C"):
-            return "return"
-        if not price:
-            return "write_off"
-    return None
+        yield number, invoice, [row for row in rows if row.kind not in {"skipped", "odd"}]
 
 
 def line_of(row: Row) -> InvoiceLine:
     """Make the command's line of a row that is a movement."""
-    kind = kind_of(row)
+    kind = cast("Movement", row.kind)  # read_runs leaves out the others
     if kind in {"sale", "return"}:
         return InvoiceLine(
             kind=kind,
@@ -158,7 +146,6 @@ def line_of(row: Row) -> InvoiceLine:
             customer_id=Personal(row.customer) if row.customer else None,
             occurred_at=row.at,
         )
-    assert kind is not None  # noqa: S101 - read_runs leaves out the others
     reason = row.description.strip() if kind == "write_off" else ""
     return InvoiceLine(
         kind=kind, sku=row.code, quantity=abs(row.quantity), reason=reason, occurred_at=row.at
@@ -228,8 +215,13 @@ def _row(path: Path, line: int, fields: list[str]) -> Row:
         reason = f"{len(fields)} fields instead of {len(HEADER)}"
         raise DamagedFileError(path.name, line, reason) from None
     try:
+        pieces = int(quantity)
+        unit_price, is_price = _price(price)
+        kind: Kind = "skipped"
+        if _is_product(code):
+            kind = _shape(invoice, pieces, unit_price) if is_price else "odd"
         return Row(
-            line, invoice, code, description, int(quantity), _moment(at), _price(price), customer, country
+            line, invoice, code, description, pieces, _moment(at), unit_price, customer, country, kind
         )
     except (ValueError, InvalidOperation):
         faults = [
@@ -258,21 +250,28 @@ def _moment(text: str) -> datetime:
 
 
 @lru_cache(maxsize=8_192)
-def _price(text: str) -> Decimal:
+def _price(text: str) -> tuple[Decimal, bool]:
+    """Read a price, and tell whether an item can have it."""
     price = Decimal(text)
     if not price.is_finite():
         raise ValueError(text)
-    return price
+    return price, 0 <= price <= MAX_AMOUNT and not price * PRICE_UNITS % 1
 
 
-def _fits(row: Row) -> bool:
-    return (
-        0 <= row.price <= MAX_AMOUNT
-        and row.price == round(row.price, MAX_PRICE_DECIMALS)
-        and abs(row.quantity) <= MAX_AMOUNT
-        and len(row.code) <= MAX_SKU_LENGTH
-        and "\0" not in row.code
-    )
+@lru_cache(maxsize=65_536)
+def _is_product(code: str) -> bool:
+    return PRODUCT.fullmatch(code) is not None
+
+
+def _shape(invoice: str, quantity: int, price: Decimal) -> Kind:
+    if 0 < quantity <= MAX_AMOUNT:
+        return "sale" if price else "receipt"
+    if -MAX_AMOUNT <= quantity < 0:
+        if invoice.startswith("C"):
+            return "return"
+        if not price:
+            return "write_off"
+    return "odd"
 
 
 def _oddity(row: Row) -> str:

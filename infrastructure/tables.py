@@ -197,25 +197,28 @@ class ViewTable(Generic[R]):
         return f"CREATE VIEW {self.projection.name} AS {query}"
 
     @cached_property
-    def upsert(self) -> str:
-        """SQLite: insert or change one row, given its values in order."""
-        marks = ", ".join("?" * len(self.table.c))
-        changed = ", ".join(f"{c.name} = excluded.{c.name}" for c in self.table.c if not c.primary_key)
-        return f"INSERT INTO {self.table.name} VALUES ({marks}) ON CONFLICT (key) DO UPDATE SET {changed}"  # noqa: S608 - names from the row type
+    def insert(self) -> str:
+        """The beginning of an INSERT of rows as `encode` makes them."""
+        return f"INSERT INTO {self.table.name} VALUES "
+
+    @cached_property
+    def on_conflict(self) -> str:
+        """The end of an INSERT that changes the rows which are there."""
+        changed = ", ".join(
+            f'"{c.name}" = excluded."{c.name}"' for c in self.table.c if not c.primary_key
+        )
+        return f" ON CONFLICT (key) DO UPDATE SET {changed}"
 
     @cached_property
     def upsert_json(self) -> str:
         """PostgreSQL: insert or change rows, given as one JSON array of [key, member, row]."""
         names = ", ".join(f'"{c.name}"' for c in self.table.c)
         fields = ", ".join(f'r."{name}"' for name in self.projection.columns)
-        changed = ", ".join(
-            f'"{c.name}" = excluded."{c.name}"' for c in self.table.c if not c.primary_key
-        )
         return (
             f"INSERT INTO {self.table.name} ({names}) "  # noqa: S608 - names from the row type
             f"SELECT e->>0, {fields}, (e->>1)::boolean FROM json_array_elements(%s::json) AS e, "
             f"json_populate_record(NULL::{self.table.name}, e->2) AS r "
-            f"ON CONFLICT (key) DO UPDATE SET {changed}"
+            + self.on_conflict
         )
 
     def encode(self, key: str, row: R) -> list[object]:

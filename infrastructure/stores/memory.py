@@ -13,6 +13,7 @@ from eventsourcing.popo import POPOProcessRecorder
 from leftfold.application import Projection
 from leftfold.application.ports import (
     Committed,
+    EncodedEvent,
     Group,
     LoggedEvent,
     Order,
@@ -51,7 +52,7 @@ class MemoryLog(POPOProcessRecorder):
                 return Stale()
         positions: list[int] = []
         for save in group:
-            self._update_table(save.events)
+            self._update_table([StoredEvent(*event) for event in save.events])
             position = len(self._stored_events) if save.events else 0
             positions.append(position)
             self._commands[save.command_id] = RecordedCommand(
@@ -59,10 +60,13 @@ class MemoryLog(POPOProcessRecorder):
             )
         return Committed(tuple(positions))
 
-    def streams(self, aggregate_ids: Sequence[UUID]) -> dict[UUID, list[StoredEvent]]:
+    def streams(self, aggregate_ids: Sequence[UUID]) -> dict[UUID, list[EncodedEvent]]:
         with self._database_lock:
             events, index = self._stored_events, self._stored_events_index
-            return {i: [events[at] for at in index.get(str(i), {}).values()] for i in aggregate_ids}
+            return {
+                i: [_encoded(i, events[at]) for at in index.get(str(i), {}).values()]
+                for i in aggregate_ids
+            }
 
     def versions(self, aggregate_ids: Sequence[UUID]) -> dict[UUID, int]:
         with self._database_lock:
@@ -96,12 +100,16 @@ class MemoryLog(POPOProcessRecorder):
         return len(self._stored_events)
 
 
-def _by_aggregate(group: Group) -> dict[UUID | str, list[int]]:
-    versions: dict[UUID | str, list[int]] = {}
+def _by_aggregate(group: Group) -> dict[UUID, list[int]]:
+    versions: dict[UUID, list[int]] = {}
     for save in group:
         for event in save.events:
-            versions.setdefault(event.originator_id, []).append(event.originator_version)
+            versions.setdefault(event.aggregate_id, []).append(event.version)
     return versions
+
+
+def _encoded(aggregate_id: UUID, event: StoredEvent) -> EncodedEvent:
+    return EncodedEvent(aggregate_id, event.originator_version, event.topic, event.state)
 
 
 class MemoryViews:

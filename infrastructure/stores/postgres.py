@@ -28,6 +28,7 @@ from pydantic import TypeAdapter
 from leftfold.application import Projection
 from leftfold.application.ports import (
     Committed,
+    EncodedEvent,
     Failed,
     Group,
     LoggedEvent,
@@ -155,8 +156,8 @@ class PostgresLog(PostgresProcessRecorder):
             return Failed(str(error), in_doubt=is_committing), []
         return Committed(tuple(positions)), positions
 
-    def streams(self, aggregate_ids: Sequence[UUID]) -> dict[UUID, list[StoredEvent]]:
-        found: dict[UUID, list[StoredEvent]] = {i: [] for i in aggregate_ids}
+    def streams(self, aggregate_ids: Sequence[UUID]) -> dict[UUID, list[EncodedEvent]]:
+        found: dict[UUID, list[EncodedEvent]] = {i: [] for i in aggregate_ids}
         with self.datastore.reading(binary=True) as cursor:
             if len(aggregate_ids) == 1:
                 where, value = "= %s", aggregate_ids[0]
@@ -169,8 +170,8 @@ class PostgresLog(PostgresProcessRecorder):
                 prepare=True,
             )
             for values in cursor:
-                event = StoredEvent(*values)
-                found[event.originator_id].append(event)  # type: ignore[index]  # the column's type is uuid
+                event = EncodedEvent(*values)
+                found[event.aggregate_id].append(event)
         return found
 
     def versions(self, aggregate_ids: Sequence[UUID]) -> dict[UUID, int]:
@@ -220,7 +221,11 @@ class PostgresLog(PostgresProcessRecorder):
         with self.datastore.writing() as cursor:
             cursor.execute("LOCK TABLE stored_events IN EXCLUSIVE MODE")
             cursor.execute("NOTIFY stored_events")
-            positions = _insert_events(cursor, stored_events)
+            events = [
+                EncodedEvent(_as_uuid(e.originator_id), e.originator_version, e.topic, e.state)
+                for e in stored_events
+            ]
+            positions = _insert_events(cursor, events)
             tracking: Tracking | None = kwargs.get("tracking")
             if tracking is not None:
                 rows = cursor.connection.cursor(row_factory=dict_row)
@@ -264,7 +269,7 @@ class PostgresLog(PostgresProcessRecorder):
         ]
 
 
-def _insert_events(cursor: Cursor, events: Sequence[StoredEvent]) -> list[int]:
+def _insert_events(cursor: Cursor, events: Sequence[EncodedEvent]) -> list[int]:
     positions: list[int] = []
     for begin in range(0, len(events), MAX_INSERTED):
         chunk = events[begin : begin + MAX_INSERTED]
@@ -273,8 +278,8 @@ def _insert_events(cursor: Cursor, events: Sequence[StoredEvent]) -> list[int]:
             "SELECT i, v, t, s FROM unnest(%b::uuid[], %b::bigint[], %b::text[], %b::bytea[]) "
             "WITH ORDINALITY AS e (i, v, t, s, n) ORDER BY n RETURNING notification_id",
             (
-                [e.originator_id for e in chunk],
-                [e.originator_version for e in chunk],
+                [e.aggregate_id for e in chunk],
+                [e.version for e in chunk],
                 [e.topic for e in chunk],
                 [e.state for e in chunk],
             ),
@@ -312,6 +317,10 @@ def _verdict(error: psycopg.errors.UniqueViolation) -> Verdict:
 
 def _aggregates(text: str) -> tuple[tuple[UUID, int], ...]:
     return tuple((UUID(i), version) for i, version in json.loads(text))
+
+
+def _as_uuid(aggregate_id: UUID | str) -> UUID:
+    return aggregate_id if isinstance(aggregate_id, UUID) else UUID(aggregate_id)
 
 
 class PostgresViews:

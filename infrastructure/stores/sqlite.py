@@ -6,6 +6,7 @@ import contextlib
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import UUID
@@ -19,6 +20,7 @@ from eventsourcing.persistence import (
     Tracking,
 )
 from eventsourcing.sqlite import (
+    SQLiteConnection,
     SQLiteCursor,
     SQLiteDatastore,
     SQLiteProcessRecorder,
@@ -27,6 +29,7 @@ from eventsourcing.sqlite import (
 from leftfold.application import Projection
 from leftfold.application.ports import (
     Committed,
+    EncodedEvent,
     Failed,
     Group,
     LoggedEvent,
@@ -50,6 +53,10 @@ R = TypeVar("R")
 
 SCHEMA_VERSION = 1
 MAX_PARAMETERS = 500  # ids in one IN (…)
+ROWS_AT_ONCE = 200
+POOL_SIZE = 8
+CACHE = 32_768  # KiB of pages a connection keeps: the index on aggregates is written at random
+CHECKPOINT = 8_000  # pages in the write-ahead log before it is moved into the file
 
 TABLES = (
     # The position is declared, since VACUUM may renumber an undeclared rowid.
@@ -86,6 +93,19 @@ class SQLiteFile(SQLiteDatastore):
     A deferred BEGIN that reads and then writes fails at once where another process wrote in
     between, in spite of the busy timeout.
     """
+
+    def __init__(self, path: str, lock_timeout: int) -> None:
+        """Open connections on demand; wait up to `lock_timeout` seconds for the write lock."""
+        super().__init__(path, lock_timeout=lock_timeout, pool_size=POOL_SIZE)
+        connect = self.pool._create_connection
+
+        def connect_and_tune() -> SQLiteConnection:
+            connection = connect()
+            connection._sqlite_conn.execute(f"PRAGMA cache_size = -{CACHE}")
+            connection._sqlite_conn.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT}")
+            return connection
+
+        self.pool._create_connection = connect_and_tune  # type: ignore[method-assign]  # the library offers no other place
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
@@ -149,8 +169,8 @@ class SQLiteLog(SQLiteProcessRecorder):
             # SQLite is in this process: a commit that fails is rolled back.
             return [Failed(str(error), in_doubt=False)] * len(groups)
 
-    def streams(self, aggregate_ids: Sequence[UUID]) -> dict[UUID, list[StoredEvent]]:
-        found: dict[UUID, list[StoredEvent]] = {}
+    def streams(self, aggregate_ids: Sequence[UUID]) -> dict[UUID, list[EncodedEvent]]:
+        found: dict[UUID, list[EncodedEvent]] = {}
         with self.datastore.reading() as cursor:
             for aggregate_id in aggregate_ids:
                 cursor.execute(
@@ -158,7 +178,7 @@ class SQLiteLog(SQLiteProcessRecorder):
                     "WHERE originator_id = ? ORDER BY originator_version",
                     (aggregate_id.hex,),
                 )
-                found[aggregate_id] = [StoredEvent(aggregate_id, *values) for values in cursor]
+                found[aggregate_id] = [EncodedEvent(aggregate_id, *values) for values in cursor]
         return found
 
     def versions(self, aggregate_ids: Sequence[UUID]) -> dict[UUID, int]:
@@ -198,7 +218,7 @@ class SQLiteLog(SQLiteProcessRecorder):
                 (after, *topics, limit),
             )
             return [
-                LoggedEvent(position, UUID(aggregate_id), version, topic, state)
+                LoggedEvent(position, _uuid(aggregate_id), version, topic, state)
                 for position, aggregate_id, version, topic, state in cursor
             ]
 
@@ -211,7 +231,11 @@ class SQLiteLog(SQLiteProcessRecorder):
     def insert_events(self, stored_events: Sequence[StoredEvent], **kwargs: Any) -> list[int]:
         with self.datastore.writing() as connection:
             first = _head(connection) + 1
-            _insert_events(connection, stored_events, first)
+            events = [
+                EncodedEvent(_as_uuid(e.originator_id), e.originator_version, e.topic, e.state)
+                for e in stored_events
+            ]
+            _insert_events(connection, events, first)
             tracking: Tracking | None = kwargs.get("tracking")
             if tracking is not None:
                 self._insert_tracking(SQLiteCursor(connection.cursor()), tracking)
@@ -246,19 +270,36 @@ def _head(source: sqlite3.Connection | sqlite3.Cursor) -> int:
 
 
 def _insert_events(
-    connection: sqlite3.Connection, events: Iterable[StoredEvent], first: int
+    connection: sqlite3.Connection, events: Sequence[EncodedEvent], first: int
 ) -> None:
-    connection.executemany(
-        "INSERT INTO stored_events VALUES (?, ?, ?, ?, ?)",
-        [
-            (position, _text(e.originator_id), e.originator_version, e.topic, e.state)
-            for position, e in enumerate(events, first)
-        ],
-    )
+    rows = [
+        (position, aggregate_id.hex, version, topic, state)
+        for position, (aggregate_id, version, topic, state) in enumerate(events, first)
+    ]
+    _insert_rows(connection, "INSERT INTO stored_events VALUES ", "", rows)
+
+
+def _insert_rows(
+    connection: sqlite3.Connection, insert: str, conflict: str, rows: Sequence[Sequence[object]]
+) -> None:
+    """Insert rows, many in one statement.
+
+    The driver gives up the interpreter's lock at every step of a statement. One row a step
+    makes it wait for the lock after each, while other threads compute.
+    """
+    if not rows:
+        return
+    marks = f"({','.join('?' * len(rows[0]))})"
+    whole = len(rows) - len(rows) % ROWS_AT_ONCE
+    many = insert + ",".join([marks] * ROWS_AT_ONCE) + conflict
+    for begin in range(0, whole, ROWS_AT_ONCE):
+        chunk = rows[begin : begin + ROWS_AT_ONCE]
+        connection.execute(many, [value for row in chunk for value in row])
+    connection.executemany(insert + marks + conflict, rows[whole:])
 
 
 def _insert_saves(connection: sqlite3.Connection, saves: Iterable[Save], head: int) -> list[int]:
-    events: list[StoredEvent] = []
+    events: list[EncodedEvent] = []
     commands: list[tuple[object, ...]] = []
     positions: list[int] = []
     for save in saves:
@@ -329,8 +370,13 @@ def _aggregates(text: str) -> tuple[tuple[UUID, int], ...]:
     return tuple((UUID(i), version) for i, version in json.loads(text))
 
 
-def _text(aggregate_id: UUID | str) -> str:
-    return aggregate_id.hex if isinstance(aggregate_id, UUID) else aggregate_id
+@lru_cache(maxsize=65_536)
+def _uuid(text: str) -> UUID:
+    return UUID(text)
+
+
+def _as_uuid(aggregate_id: UUID | str) -> UUID:
+    return aggregate_id if isinstance(aggregate_id, UUID) else UUID(aggregate_id)
 
 
 def _chunks(ids: list[str]) -> Iterator[list[str]]:
@@ -392,7 +438,7 @@ class SQLiteViews:
             )
             if moved.rowcount != 1:
                 return False
-            connection.executemany(table.upsert, changed)
+            _insert_rows(connection, table.insert, table.on_conflict, changed)
             connection.executemany(f"DELETE FROM {projection.table} WHERE key = ?", deleted)  # noqa: S608 - the projection's table
         return True
 
@@ -436,7 +482,7 @@ class SQLiteStore:
             raise SchemaMissingError(self.name, "stored_events")
         try:
             self._prepare_file()
-            file = SQLiteFile(str(self._path), lock_timeout=self._lock_timeout, pool_size=8)
+            file = SQLiteFile(str(self._path), self._lock_timeout)
             self._file = file
             self.views = SQLiteViews(file)
             self.log = SQLiteLog(file)
