@@ -106,7 +106,9 @@ class Bus(Generic[M]):
         """The registered message types' names, sorted."""
         return tuple(sorted(self._by_name))
 
-    def parse(self, name: str, data: Mapping[str, object] | str | bytes) -> Result[M, ValidationFailed]:
+    def parse(
+        self, name: str, data: Mapping[str, object] | str | bytes
+    ) -> Result[M, ValidationFailed]:
         """Make a message from outside input: a mapping, or a JSON document.
 
         An unknown name, a missing or unknown field and a wrong value give `ValidationFailed`.
@@ -121,7 +123,9 @@ class Bus(Generic[M]):
         except ValidationError as error:
             reasons = tuple(
                 (".".join(map(str, fault["loc"])), fault["msg"])
-                for fault in error.errors(include_url=False, include_input=False, include_context=False)
+                for fault in error.errors(
+                    include_url=False, include_input=False, include_context=False
+                )
             )
             return Err(ValidationFailed(name, reasons))
 
@@ -154,7 +158,9 @@ class CommandBus(Bus[Command[Any, Any]]):
         unless it is `OutcomeUnknown`. Raises `NoHandlerError`, and whatever bug the handler has.
         """
         return await self._step(
-            Dispatch(command, self._find(command), command_id or self._new_id(), command_id is not None)
+            Dispatch(
+                command, self._find(command), command_id or self._new_id(), command_id is not None
+            )
         )
 
     async def dispatch_all(

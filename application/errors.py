@@ -11,16 +11,20 @@ class DispatchError(LeftfoldError):
     """A dispatch failed for a reason outside the domain's rules; comes as `Err`."""
 
 
-class ValidationFailed(DispatchError, message="{name}: {reasons}"):
+class ValidationFailed(DispatchError):
     """Input from outside does not fit the command or query."""
 
     name: str
     reasons: tuple[tuple[str, str], ...]
     """Pairs of a field (dotted path) and what is wrong with it."""
 
+    def __str__(self) -> str:
+        faults = "; ".join(f"{field} {reason}".strip() for field, reason in self.reasons)
+        return f"{self.name}: {faults}"
+
 
 class Conflict(DispatchError, message="{aggregates} changed while the command was handled"):
-    """Another writer changed the aggregates first, and retries did not help; nothing was written."""
+    """Other writers changed the aggregates first, also on retries; nothing was written."""
 
     aggregates: tuple[tuple[UUID, int], ...]
     """Pairs of an aggregate's id and the version that the command was based on."""
@@ -95,7 +99,9 @@ class NestedDispatchError(LeftfoldError, message="{name} was dispatched from wit
     name: str
 
 
-class UnsavedEventsError(LeftfoldError, message="the handler of {name} recorded events and did not save them"):
+class UnsavedEventsError(
+    LeftfoldError, message="the handler of {name} recorded events and did not save them"
+):
     """A handler answered `Ok` and forgot `save`: an error in the program."""
 
     name: str

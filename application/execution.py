@@ -44,7 +44,7 @@ Wanted = dict[UUID, type[Aggregate]]
 Known = Mapping[UUID, RecordedCommand]
 
 
-class _Again(Exception):  # noqa: N818 - a signal between the steps of this module
+class _Again(Exception):
     """The attempt must be made again; nothing was written."""
 
 
@@ -264,7 +264,8 @@ class Execution:
         return Err(OutcomeUnknown(parts[0].command_id))
 
     async def _known(self, parts: Iterable[Dispatch[Any]]) -> Known:
-        return await self._call(self._log.commands, [part.command_id for part in parts])
+        found: Known = await self._call(self._log.commands, [part.command_id for part in parts])
+        return found
 
     async def _call(self, function: Callable[..., Any], *args: Any) -> Any:
         if self._log.is_local:
@@ -288,7 +289,8 @@ def _answer_again(part: Dispatch[Any], first: RecordedCommand) -> Any:
 
 
 def _answer_type(part: Dispatch[Any]) -> TypeAdapter[Any]:
-    return _adapter_of(type(part.message))
+    command_type: type[Command[Any, Any]] = type(part.message)
+    return _adapter_of(command_type)
 
 
 @cache

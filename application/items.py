@@ -254,7 +254,7 @@ def _move(item: Item, invoice: str, line: InvoiceLine) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ItemRow:
-    """What there is to know of one item. Quantities are in pieces; revenue is sales less returns."""
+    """What there is to know of one item. Quantities in pieces; revenue is sales less returns."""
 
     sku: str
     name: str
@@ -429,7 +429,7 @@ class ItemQueries(QueryService):
         return Ok(events) if events else Err(ItemNotFound(query.sku))
 
     async def as_of(self, query: ItemAsOf) -> Result[ItemState, ItemNotFound]:
-        events: Any = await self.histories.events(Item, Item.id_of(query.sku))
+        events: Any = await self.histories.events(Item.id_of(query.sku))
         if query.version is not None:
             events = events[: query.version]
         item = Item.fold(events if query.at is None else as_of(events, query.at))

@@ -31,7 +31,7 @@ class EventMapper(Mapper[UUID]):
     the library's settings apply.
     """
 
-    types: ClassVar[dict[str, type[Event] | type[Snapshot]]] = {}
+    types: ClassVar[dict[str, type[Event | Snapshot]]] = {}
     aggregate_topics: ClassVar[dict[str, str]] = {}
     """The aggregate's topic by the event's."""
 
@@ -41,7 +41,7 @@ class EventMapper(Mapper[UUID]):
 
         Raises `InvalidModelError` for two types of one topic, or for a missing topic.
         """
-        types: dict[str, type[Event] | type[Snapshot]] = {}
+        types: dict[str, type[Event | Snapshot]] = {}
         topics: dict[str, str] = {}
         for aggregate in aggregates:
             snapshot: Any = aggregate.Snapshot  # typed by the library as its own dataclass

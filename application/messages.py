@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeAlias, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict
-from typing_extensions import Self
 
 from leftfold.application.errors import NoHandlerError
 from leftfold.domain import Result
@@ -24,7 +23,9 @@ MaybeAwaitable: TypeAlias = T | Awaitable[T]
 class Handler(Protocol[M_contra, T_co, E_co]):
     """Answers one message; a plain or an async callable."""
 
-    def __call__(self, message: M_contra, /) -> MaybeAwaitable[Result[T_co, E_co]]: ...
+    def __call__(self, message: M_contra, /) -> MaybeAwaitable[Result[T_co, E_co]]:
+        """Answer the message."""
+        ...
 
 
 CommandHandler: TypeAlias = Handler

@@ -50,7 +50,9 @@ def timeout(seconds: float) -> Middleware:
     return around
 
 
-def conflict_retry(platform: Platform, max_attempts: int = 10, max_delay: float = 0.25) -> Middleware:
+def conflict_retry(
+    platform: Platform, max_attempts: int = 10, max_delay: float = 0.25
+) -> Middleware:
     """Handle a command again after a `Conflict`: up to `max_attempts` times in all.
 
     The waits grow exponentially with full jitter, up to `max_delay` seconds.

@@ -55,7 +55,7 @@ class Views(Protocol):
 class Histories(Protocol):
     """Reads the streams of aggregates."""
 
-    async def events(self, aggregate_type: type[Aggregate], aggregate_id: UUID) -> tuple[Event, ...]:
+    async def events(self, aggregate_id: UUID) -> tuple[Event, ...]:
         """Return an aggregate's events by version; none if it does not exist."""
         ...
 
@@ -113,7 +113,11 @@ def parse_order(projection: Projection[Any], order: str) -> Order:
 def write_cursor(projection: Projection[R], order: Order, key: str, row: R) -> str:
     """Return a cursor that stands after this row."""
     value = getattr(row, order.column)
-    document = [_order_text(order), key, _column_type(projection, order).dump_python(value, mode="json")]
+    document = [
+        _order_text(order),
+        key,
+        _column_type(projection, order).dump_python(value, mode="json"),
+    ]
     return base64.urlsafe_b64encode(json.dumps(document).encode()).decode()
 
 

@@ -51,6 +51,7 @@ class Unit:
         self.is_sound = False
 
     def find(self, aggregate_type: type[A], aggregate_ids: Sequence[UUID]) -> list[A | None]:
+        """Return aggregates in hand. Raises `NotInMemory`."""
         loaded = self.loaded
         try:
             found: list[Any] = [loaded[aggregate_id] for aggregate_id in aggregate_ids]
@@ -62,6 +63,7 @@ class Unit:
         return found
 
     def save(self, aggregates: Iterable[Aggregate]) -> Receipt:
+        """Stage what the aggregates recorded."""
         for aggregate in aggregates:
             self.events.extend(aggregate._pending_events)  # type: ignore[arg-type]  # typed by the library as its own base class
             aggregate._pending_events.clear()
@@ -167,17 +169,21 @@ class Service(Application[UUID]):
         return repository
 
     def construct_env(self, name: str, env: EnvType | None = None) -> Environment:
+        """Read the given settings only."""
         return Environment(name, {**type(self).env, **(env or {})})
 
     def construct_factory(self, env: Environment) -> InfrastructureFactory[Any]:
+        """Use the runtime's store if there is one."""
         return self._store or super().construct_factory(env)
 
     def construct_mapper(self) -> Mapper[UUID]:
+        """Map the service's aggregates."""
         return self.factory.mapper(
             transcoder=self.construct_transcoder(), mapper_class=EventMapper.of(*self.aggregates)
         )
 
     def construct_repository(self) -> Repository:
+        """Use the repository that knows of dispatches."""
         return Repository(self.events, snapshot_store=self.snapshots)
 
     def save(

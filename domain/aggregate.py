@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from datetime import datetime
 from functools import cache, lru_cache
-from typing import Any, ClassVar, TypeVar, cast, get_type_hints
+from typing import Any, ClassVar, Self, TypeVar, cast, get_type_hints
 from uuid import NAMESPACE_URL, UUID, uuid5
 
 import eventsourcing.domain
 from eventsourcing.domain import CanSnapshotAggregate
 from pydantic import AwareDatetime, BaseModel, ConfigDict, TypeAdapter
-from typing_extensions import Self, TypedDict
+from typing_extensions import TypedDict
 
 from leftfold.domain import clock
 from leftfold.domain.event import Created, Event

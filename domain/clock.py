@@ -13,6 +13,7 @@ Now: TypeAlias = Callable[[], datetime]
 
 
 def system_now() -> datetime:
+    """Return the system's time, in UTC."""
     return datetime.now(UTC)
 
 

@@ -55,7 +55,7 @@ class Event(BaseModel, CanMutateAggregate[UUID]):
     occurred_at: AwareDatetime = WHEN_RECORDED
 
     def __init_subclass__(cls, *, topic: str = "", **kwargs: Any) -> None:
-        # The library's __init_subclass__ takes no arguments; pydantic reads its own in its metaclass.
+        # The library's __init_subclass__ takes no arguments; pydantic's metaclass reads its own.
         super().__init_subclass__()
         if topic:
             cls.TOPIC = topic
@@ -100,7 +100,8 @@ class Created(Event, CanInitAggregate[UUID]):
     aggregate_type: ClassVar[type[Aggregate]]
     """Set by the aggregate class that names this event."""
 
-    originator_topic: ClassVar[str] = ""  # the class is known: nothing to store or resolve
+    # The class is known: there is no topic of it to store or resolve.
+    originator_topic: ClassVar[str] = ""  # type: ignore[misc]  # the library's instance attribute
 
     def mutate(self, aggregate: TAggregate | None) -> TAggregate:
         """Make the aggregate."""
@@ -152,7 +153,8 @@ def upcast(event_type: type[Event], state: Mapping[str, object], version: int) -
     Raises `LookupError` where a step of the chain is missing or the state is newer than the class.
     """
     if version > event_type.class_version:
-        msg = f"{event_type.TOPIC}: stored as version {version}, known up to {event_type.class_version}"
+        known = event_type.class_version
+        msg = f"{event_type.TOPIC}: stored as version {version}, known up to {known}"
         raise LookupError(msg)
     current = dict(state)
     for step in range(version, event_type.class_version):

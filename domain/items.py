@@ -166,7 +166,7 @@ class Item(
     discontinued: bool
 
     @classmethod
-    def register(  # noqa: PLR0913 - an item begins with all its facts
+    def register(
         cls,
         sku: str,
         name: str,
@@ -205,7 +205,7 @@ class Item(
             raise ItemIsDiscontinued(self.sku)
         self.record(StockReceived(quantity=_valid_quantity(quantity), occurred_at=occurred_at))
 
-    def sell(  # noqa: PLR0913 - a sale has these facts
+    def sell(
         self,
         quantity: int,
         invoice: str,
@@ -231,7 +231,7 @@ class Item(
         )
         self.record(sold)
 
-    def take_back(  # noqa: PLR0913 - a return has these facts
+    def take_back(
         self,
         quantity: int,
         invoice: str,

@@ -21,6 +21,7 @@ class Ok(Generic[T_co]):
     value: T_co
 
     def is_ok(self) -> Literal[True]:
+        """Tell that there is a value."""
         return True
 
     def unwrap(self) -> T_co:
@@ -51,6 +52,7 @@ class Err(Generic[E_co]):
     error: E_co
 
     def is_ok(self) -> Literal[False]:
+        """Tell that there is none."""
         return False
 
     def unwrap(self) -> NoReturn:

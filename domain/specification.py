@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 from leftfold.domain.errors import LeftfoldError
 
@@ -60,12 +60,15 @@ class Specification(Generic[T_contra]):
         return self.tree().is_satisfied_by(candidate)
 
     def and_spec(self, other: Specification[T_contra]) -> Specification[T_contra]:
+        """Return what both satisfy."""
         return All((self, other))
 
     def or_spec(self, other: Specification[T_contra]) -> Specification[T_contra]:
+        """Return what either satisfies."""
         return AnyOf((self, other))
 
     def not_spec(self) -> Specification[T_contra]:
+        """Return what does not satisfy this one."""
         return Not(self)
 
     def __and__(self, other: Specification[T_contra]) -> Specification[T_contra]:
@@ -90,6 +93,7 @@ class All(Specification[T_contra]):
     parts: tuple[Specification[T_contra], ...]
 
     def is_satisfied_by(self, candidate: T_contra) -> bool:
+        """Tell whether the candidate meets it."""
         return all(part.is_satisfied_by(candidate) for part in self.parts)
 
 
@@ -100,6 +104,7 @@ class AnyOf(Specification[T_contra]):
     parts: tuple[Specification[T_contra], ...]
 
     def is_satisfied_by(self, candidate: T_contra) -> bool:
+        """Tell whether the candidate meets it."""
         return any(part.is_satisfied_by(candidate) for part in self.parts)
 
 
@@ -110,6 +115,7 @@ class Not(Specification[T_contra]):
     part: Specification[T_contra]
 
     def is_satisfied_by(self, candidate: T_contra) -> bool:
+        """Tell whether the candidate meets it."""
         return not self.part.is_satisfied_by(candidate)
 
 
@@ -117,7 +123,7 @@ def _distinct(left: object, right: object) -> bool:
     return left != right
 
 
-def _ordered(compare: Callable[[object, object], object]) -> Callable[[object, object], bool]:
+def _ordered(compare: Callable[[Any, Any], object]) -> Callable[[object, object], bool]:
     def compare_two_valued(left: object, right: object) -> bool:
         if left is None or right is None:
             return False
@@ -134,7 +140,7 @@ class Compare(Specification[object]):
     """An attribute against a constant or against another attribute."""
 
     left: Attribute
-    operator: str
+    sign: str
     right: object
 
     OPERATORS: ClassVar[Mapping[str, Callable[[object, object], bool]]] = {
@@ -147,8 +153,9 @@ class Compare(Specification[object]):
     }
 
     def is_satisfied_by(self, candidate: object) -> bool:
+        """Tell whether the candidate meets it."""
         right = self.right.of(candidate) if isinstance(self.right, Attribute) else self.right
-        return self.OPERATORS[self.operator](self.left.of(candidate), right)
+        return self.OPERATORS[self.sign](self.left.of(candidate), right)
 
 
 class Attribute:

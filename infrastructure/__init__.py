@@ -1,4 +1,4 @@
-"""The infrastructure layer: stores, the runtime, the CLI, test support. The only place that wires."""
+"""The infrastructure layer: stores, runtime, CLI, test support. The only place that wires."""
 
 from leftfold.infrastructure.blocking import BlockingRuntime
 from leftfold.infrastructure.errors import (

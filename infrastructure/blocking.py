@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from types import FrameType, TracebackType
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 from uuid import UUID
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
-from typing_extensions import Self
 
 from leftfold.application import (
     Command,
@@ -103,7 +102,7 @@ class BlockingRuntime:
         """Tell how the runtime is."""
         return self.runtime.health()
 
-    def call(self, function: Callable[[], Any]) -> Any:
+    def call(self, function: Callable[[], Awaitable[T]]) -> T:
         """Await on the runtime's loop what a function returns. Raises `NotRunningError`."""
         if self._portal is None:
             raise NotRunningError
@@ -145,7 +144,7 @@ class BlockingRuntime:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             self._has_sigterm = False
 
-    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+    def _on_sigterm(self, _number: int, _frame: FrameType | None) -> None:
         self._release_sigterm()
         self.call(self.runtime.close)
         os.kill(os.getpid(), signal.SIGTERM)

@@ -85,7 +85,9 @@ class NotRunningError(InfrastructureError, message="the runtime is not open: use
     """A runtime was used before it was opened, or after it was closed."""
 
 
-class ProjectionFailedError(InfrastructureError, message="projection {projection} stopped: {reason}"):
+class ProjectionFailedError(
+    InfrastructureError, message="projection {projection} stopped: {reason}"
+):
     """A projection met an event that it cannot fold."""
 
     projection: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from cachetools import LRUCache
 from eventsourcing.persistence import PersistenceError
@@ -160,7 +160,8 @@ class Follower(Generic[R]):
         rows: dict[str, R | None] = {key: cached[key] for key in keys if key in cached}
         missing = [key for key in keys if key not in rows]
         if missing:
-            rows.update(self._views.load(self.projection, missing))
+            loaded = self._views.load(self.projection, missing)
+            rows.update(loaded)
         return rows
 
     def _answer(self) -> None:

@@ -37,7 +37,8 @@ Answers: TypeAlias = Result[tuple[Receipt, ...], ItemError | DispatchError]
 
 class ImportStoppedError(
     InfrastructureError,
-    message="stopped after {rows} of {total} rows ({reason}); what was committed stays: run it again to go on",
+    message="stopped after {rows} of {total} rows: {reason}; "
+    "what was committed stays: run it again to go on",
 ):
     """The import could not go on; it may be run again."""
 
@@ -138,7 +139,9 @@ class _Import:
             if isinstance(answers, Err):
                 for command in batch:
                     answer = await self._dispatch_all([command])
-                    if isinstance(answer, Err) and not isinstance(answer.error, ItemAlreadyRegistered):
+                    if isinstance(answer, Err) and not isinstance(
+                        answer.error, ItemAlreadyRegistered
+                    ):
                         self._stop(found, answer.error)
 
     async def _record(self, found: Survey) -> None:

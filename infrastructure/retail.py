@@ -10,7 +10,7 @@ import lzma
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
@@ -173,7 +173,7 @@ def read_rows(path: Path, digest: hashlib._Hash | None = None) -> Iterator[Row]:
 
 def open_text(path: Path, digest: hashlib._Hash | None = None) -> io.TextIOWrapper:
     """Open a `.csv`, `.csv.gz` or `.csv.xz` file as text, feeding its bytes to the digest."""
-    binary: IO[bytes]
+    binary: io.BufferedIOBase | IO[bytes]
     match path.suffix:
         case ".xz":
             binary = lzma.open(path)  # noqa: SIM115 - the caller closes the wrapper around it
@@ -188,7 +188,7 @@ def open_text(path: Path, digest: hashlib._Hash | None = None) -> io.TextIOWrapp
 class _Digested(io.BufferedIOBase):
     """Passes bytes on and feeds them to a digest."""
 
-    def __init__(self, source: IO[bytes], digest: hashlib._Hash) -> None:
+    def __init__(self, source: io.BufferedIOBase | IO[bytes], digest: hashlib._Hash) -> None:
         self._source = source
         self._digest = digest
 
@@ -221,7 +221,16 @@ def _row(path: Path, line: int, fields: list[str]) -> Row:
         if _is_product(code):
             kind = _shape(invoice, pieces, unit_price) if is_price else "odd"
         return Row(
-            line, invoice, code, description, pieces, _moment(at), unit_price, customer, country, kind
+            line,
+            invoice,
+            code,
+            description,
+            pieces,
+            _moment(at),
+            unit_price,
+            customer,
+            country,
+            kind,
         )
     except (ValueError, InvalidOperation):
         faults = [
@@ -280,7 +289,8 @@ def _oddity(row: Row) -> str:
 
 def _find_undecodable(path: Path) -> tuple[int, str]:
     with open_text(path) as text:
-        for number, data in enumerate(text.buffer, 1):
+        lines: Iterable[bytes] = text.buffer  # type: ignore[assignment]  # binary files are
+        for number, data in enumerate(lines, 1):
             try:
                 data.decode()
             except UnicodeDecodeError as error:

@@ -9,10 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from pydantic import TypeAdapter
-from typing_extensions import Self
 
 from leftfold.application import (
     CommandBus,
@@ -28,7 +27,6 @@ from leftfold.application import (
 from leftfold.application.bus import Outcome, Step
 from leftfold.application.execution import Execution
 from leftfold.application.middleware import conflict_retry, logged, timeout
-from leftfold.application.ports import Platform
 from leftfold.application.reading import answer
 from leftfold.domain import Err, Ok, Result
 from leftfold.infrastructure.errors import ForkedRuntimeError, NotRunningError
@@ -40,6 +38,9 @@ from leftfold.infrastructure.views import FollowedViews, StoredHistories
 
 if TYPE_CHECKING:
     from leftfold.infrastructure.blocking import BlockingRuntime
+
+
+B = TypeVar("B", CommandBus, QueryBus)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +107,12 @@ class Runtime:
     @property
     def commands(self) -> CommandBus:
         """The bus for commands. Raises `NotRunningError`, `ForkedRuntimeError`."""
-        return self._open(self._commands)
+        return self._opened(self._commands)
 
     @property
     def queries(self) -> QueryBus:
         """The bus for queries. Raises `NotRunningError`, `ForkedRuntimeError`."""
-        return self._open(self._queries)
+        return self._opened(self._queries)
 
     def blocking(self) -> BlockingRuntime:
         """Return a facade for programs without asyncio."""
@@ -129,10 +130,12 @@ class Runtime:
 
         Answers `Err(ViewBehind)` after `timeout` seconds (default: the setting `view_timeout`).
         """
-        self._open(self._commands)
+        self._opened(self._commands)
         names = None if projections is None else set(projections)
         seconds = self.settings.view_timeout if timeout is None else timeout
-        followers = [f for f in self._followers.values() if names is None or f.projection.name in names]
+        followers = [
+            f for f in self._followers.values() if names is None or f.projection.name in names
+        ]
         try:
             await asyncio.gather(*(f.wait_for(receipt.position, seconds) for f in followers))
         except ViewBehind as behind:
@@ -141,13 +144,13 @@ class Runtime:
 
     async def catch_up(self, timeout: float | None = None) -> Result[None, ViewBehind]:
         """Wait until all views have seen what the log holds now; like `wait_for`."""
-        self._open(self._commands)
+        self._opened(self._commands)
         head = await self._platform.in_thread(self._store.log.head)
         return await self.wait_for(Receipt(self._platform.new_id(), (), head), timeout=timeout)
 
     def health(self) -> Health:
         """Tell how the runtime is, without asking the database."""
-        self._open(self._commands)
+        self._opened(self._commands)
         projections = tuple(
             ProjectionHealth(
                 follower.projection.name,
@@ -222,7 +225,7 @@ class Runtime:
         await self._platform.in_thread(self._store.close)
         self._platform.close()
 
-    def _open(self, bus: Any) -> Any:
+    def _opened(self, bus: B | None) -> B:
         if os.getpid() != self._owner:
             raise ForkedRuntimeError(self._owner)
         if bus is None:

@@ -33,7 +33,7 @@ MAX_INTEGER = 2**63 - 1
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
 
-SQLITE: sa.Dialect = sqlite.dialect(paramstyle="named")  # type: ignore[no-untyped-call]  # SQLAlchemy leaves it untyped
+SQLITE: sa.Dialect = sqlite.dialect(paramstyle="named")
 POSTGRES: sa.Dialect = postgresql.dialect(paramstyle="pyformat")  # type: ignore[no-untyped-call]  # see above
 
 
@@ -131,8 +131,14 @@ _POSTGRES_KINDS: dict[type, _Kind] = {
 }
 
 
-def _kind_of(projection: Projection[Any], name: str, hint: Any, kinds: dict[type, _Kind]) -> tuple[_Kind, bool]:
-    options = typing.get_args(hint) if typing.get_origin(hint) in {typing.Union, types.UnionType} else (hint,)
+def _kind_of(
+    projection: Projection[Any], name: str, hint: Any, kinds: dict[type, _Kind]
+) -> tuple[_Kind, bool]:
+    options = (
+        typing.get_args(hint)
+        if typing.get_origin(hint) in {typing.Union, types.UnionType}
+        else (hint,)
+    )
     plain = [option for option in options if option is not types.NoneType]
     if len(plain) == 1 and isinstance(plain[0], type):
         (python_type,) = plain
@@ -156,7 +162,9 @@ class ViewTable(Generic[R]):
         self.projection = projection
         self.dialect = dialect
         kinds = _SQLITE_KINDS if dialect is SQLITE else _POSTGRES_KINDS
-        key = sa.Column("key", sa.Text(collation=None if dialect is SQLITE else "C"), primary_key=True)
+        key = sa.Column(
+            "key", sa.Text(collation=None if dialect is SQLITE else "C"), primary_key=True
+        )
         columns = []
         self._decoders: list[tuple[int, Callable[[Any], object]]] = []
         self._encoders: list[tuple[int, str, Callable[[Any], object]]] = []
@@ -215,10 +223,9 @@ class ViewTable(Generic[R]):
         names = ", ".join(f'"{c.name}"' for c in self.table.c)
         fields = ", ".join(f'r."{name}"' for name in self.projection.columns)
         return (
-            f"INSERT INTO {self.table.name} ({names}) "  # noqa: S608 - names from the row type
+            f"INSERT INTO {self.table.name} ({names}) "
             f"SELECT e->>0, {fields}, (e->>1)::boolean FROM json_array_elements(%s::json) AS e, "
-            f"json_populate_record(NULL::{self.table.name}, e->2) AS r "
-            + self.on_conflict
+            f"json_populate_record(NULL::{self.table.name}, e->2) AS r " + self.on_conflict
         )
 
     def encode(self, key: str, row: R) -> list[object]:
@@ -248,9 +255,7 @@ class ViewTable(Generic[R]):
                 fields[index] = decode(fields[index])
         return self.projection.row(*fields)
 
-    def select(
-        self, order: Order | None, limit: int | None, seek: Seek | None = None
-    ) -> Statement:
+    def select(self, order: Order | None, limit: int | None, seek: Seek | None = None) -> Statement:
         """Return the query for member rows: the key, then the row's columns."""
         table, key = self.table, self.table.c.key
         query = sa.select(key, *(table.c[name] for name in self.projection.columns))
@@ -269,9 +274,7 @@ class ViewTable(Generic[R]):
         compiled = query.compile(dialect=self.dialect)
         return Statement(str(compiled), compiled.params)
 
-    def _after(
-        self, column: sa.Column[Any], order: Order, seek: Seek
-    ) -> sa.ColumnElement[bool]:
+    def _after(self, column: sa.Column[Any], order: Order, seek: Seek) -> sa.ColumnElement[bool]:
         key_after = self.table.c.key > seek.key
         if seek.value is None:
             same = sa.and_(column.is_(None), key_after)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from typing import Generic, TypeVar
-
-from typing_extensions import Self
+from typing import Generic, Self, TypeVar
 
 from leftfold.domain import Aggregate, DomainError, Event, clock
 
@@ -30,9 +28,9 @@ class Scenario(Generic[A]):
     def given(self, *events: Event) -> Self:
         """Let these events have happened, in order."""
         with clock.clock(self._now):
-            for event in events:
+            for example in events:
                 version = self._aggregate.version + 1 if self._aggregate else 1
-                event = event.model_copy()  # an example may be used in several scenarios
+                event = example.model_copy()  # an example may be used in several scenarios
                 event.stamp(self._id, version, clock.now())
                 self._aggregate = event.mutate(self._aggregate)
         return self
@@ -67,10 +65,15 @@ class Scenario(Generic[A]):
         return self
 
     def then_refused(self, error: DomainError | type[DomainError]) -> Self:
-        """Expect this refusal, compared by its facts or, for a class, by that. Raises `AssertionError`."""
+        """Expect this refusal, compared by its facts; a class, by that.
+
+        Raises `AssertionError`.
+        """
         if self._refusal is None:
             raise AssertionError(f"expected {error!r}, got {_list(tuple(self._recorded))}")
-        is_it = isinstance(self._refusal, error) if isinstance(error, type) else self._refusal == error
+        is_it = (
+            isinstance(self._refusal, error) if isinstance(error, type) else self._refusal == error
+        )
         if not is_it:
             raise AssertionError(f"expected {error!r}, got {self._refusal!r}")
         if self._recorded:
@@ -92,7 +95,7 @@ class Scenario(Generic[A]):
 def scenario(aggregate_type: type[A], key: str = "example") -> Scenario[A]:
     """Begin an example of an aggregate's behaviour.
 
-        scenario(Item).given(registered).when(lambda item: item.sell(3, "536365")).then(sold)
+    scenario(Item).given(registered).when(lambda item: item.sell(3, "536365")).then(sold)
     """
     return Scenario(aggregate_type, key)
 

@@ -20,7 +20,11 @@ class FollowedViews:
     """Views of a store, each kept up to date by a follower of this runtime."""
 
     def __init__(
-        self, store: Store, followers: Mapping[str, Follower[Any]], platform: Platform, timeout: float
+        self,
+        store: Store,
+        followers: Mapping[str, Follower[Any]],
+        platform: Platform,
+        timeout: float,
     ) -> None:
         """Wait up to `timeout` seconds for a view to see what a query asks for."""
         self._store = store
@@ -70,9 +74,7 @@ class StoredHistories:
         self._mapper = mapper
         self._platform = platform
 
-    async def events(
-        self, aggregate_type: type[Aggregate], aggregate_id: UUID
-    ) -> tuple[Event, ...]:
+    async def events(self, aggregate_id: UUID) -> tuple[Event, ...]:
         def read() -> tuple[Event, ...]:
             streams = self._store.log.streams([aggregate_id])
             return tuple(self._mapper.decode_all(streams.get(aggregate_id, ())))
@@ -82,5 +84,5 @@ class StoredHistories:
     async def history(
         self, aggregate_type: type[Aggregate], aggregate_id: UUID
     ) -> tuple[DomainEvent, ...]:
-        events = await self.events(aggregate_type, aggregate_id)
+        events = await self.events(aggregate_id)
         return tuple(DomainEvent.of(event, aggregate_type.TOPIC) for event in events)

@@ -51,7 +51,9 @@ class SharedLog(InfrastructureFactory[Any]):
     application in memory, and on SQLite one table whose followers share their tracking.
     """
 
-    def __init__(self, recorder: Any) -> None:  # one of our recorders; the library has no common type
+    def __init__(
+        self, recorder: Any
+    ) -> None:  # one of our recorders; the library has no common type
         super().__init__({})
         self._recorder = recorder
 
@@ -64,7 +66,8 @@ class SharedLog(InfrastructureFactory[Any]):
         return recorder
 
     def tracking_recorder(
-        self, tracking_recorder_class: type[Any] | None = None
+        self,
+        tracking_recorder_class: type[Any] | None = None,  # noqa: ARG002 - there is only ours
     ) -> TrackingRecorder:
         recorder: TrackingRecorder = self._recorder
         return recorder

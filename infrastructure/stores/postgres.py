@@ -165,7 +165,7 @@ class PostgresLog(PostgresProcessRecorder):
                 where, value = "= ANY(%s)", list(aggregate_ids)  # type: ignore[assignment]  # either fits its mark
             cursor.execute(
                 "SELECT originator_id, originator_version, topic, state FROM stored_events "
-                f"WHERE originator_id {where} ORDER BY originator_id, originator_version",  # noqa: S608 - one of two constants
+                f"WHERE originator_id {where} ORDER BY originator_id, originator_version",
                 (value,),
                 prepare=True,
             )
@@ -244,7 +244,7 @@ class PostgresLog(PostgresProcessRecorder):
         direction = "DESC" if desc else "ASC"
         with self.datastore.reading(binary=True) as cursor:
             cursor.execute(
-                "SELECT originator_version, topic, state FROM stored_events "  # noqa: S608 - one of two constants
+                "SELECT originator_version, topic, state FROM stored_events "
                 "WHERE originator_id = %s AND originator_version > %s "
                 f"AND originator_version <= %s ORDER BY originator_version {direction} LIMIT %s",
                 (originator_id, gt or 0, 2**62 if lte is None else lte, limit),
@@ -263,7 +263,9 @@ class PostgresLog(PostgresProcessRecorder):
     ) -> list[Notification]:
         after = 0 if start is None else start - 1 if inclusive_of_start else start
         return [
-            Notification(event.aggregate_id, event.version, event.topic, event.state, event.position)
+            Notification(
+                event.aggregate_id, event.version, event.topic, event.state, event.position
+            )
             for event in self.read(after, limit, topics)
             if stop is None or event.position <= stop
         ]
@@ -351,7 +353,7 @@ class PostgresViews:
         columns = ", ".join(f'"{name}"' for name in projection.columns)
         with self._database.reading() as cursor:
             cursor.execute(
-                f"SELECT key, {columns} FROM {projection.table} WHERE key = ANY(%s)",  # noqa: S608 - names from the row type
+                f"SELECT key, {columns} FROM {projection.table} WHERE key = ANY(%s)",
                 (list(keys),),
                 prepare=True,
             )
@@ -365,7 +367,9 @@ class PostgresViews:
         position: int,
     ) -> bool:
         table = self.table(projection)
-        changed = [(k, projection.shows(r), table.checked(r)) for k, r in rows.items() if r is not None]
+        changed = [
+            (k, projection.shows(r), table.checked(r)) for k, r in rows.items() if r is not None
+        ]
         deleted = [key for key, row in rows.items() if row is None]
         with self._database.writing() as cursor:
             cursor.execute(
@@ -380,7 +384,7 @@ class PostgresViews:
                 document = self._adapters[projection.table].dump_json(changed).decode()
                 cursor.execute(table.upsert_json, (document,), prepare=True)
             if deleted:
-                cursor.execute(f"DELETE FROM {projection.table} WHERE key = ANY(%s)", (deleted,))  # noqa: S608 - the projection's table
+                cursor.execute(f"DELETE FROM {projection.table} WHERE key = ANY(%s)", (deleted,))
         return True
 
     def get(self, projection: Projection[R], key: str) -> R | None:
@@ -423,7 +427,9 @@ class PostgresStore:
         `ViewChangedError`.
         """
         try:
-            with psycopg.connect(self._url, connect_timeout=self._lock_timeout, row_factory=tuple_row) as connection:
+            with psycopg.connect(
+                self._url, connect_timeout=self._lock_timeout, row_factory=tuple_row
+            ) as connection:
                 cursor = connection.cursor()
                 cursor.execute("SELECT pg_advisory_xact_lock(%s)", (DDL_LOCK,))
                 self._set_up(cursor, projections, create_tables=create_tables)

@@ -200,7 +200,7 @@ class SQLiteLog(SQLiteProcessRecorder):
             for ids in _chunks([command_id.hex for command_id in command_ids]):
                 marks = ",".join("?" * len(ids))
                 cursor.execute(
-                    "SELECT command_id, aggregates, position, answer "  # noqa: S608 - question marks
+                    "SELECT command_id, aggregates, position, answer "
                     f"FROM leftfold_commands WHERE command_id IN ({marks})",
                     ids,
                 )
@@ -213,7 +213,7 @@ class SQLiteLog(SQLiteProcessRecorder):
         of_topics = f"AND topic IN ({','.join('?' * len(topics))}) " if topics else ""
         with self.datastore.reading() as cursor:
             cursor.execute(
-                "SELECT position, originator_id, originator_version, topic, state "  # noqa: S608 - question marks
+                "SELECT position, originator_id, originator_version, topic, state "
                 f"FROM stored_events WHERE position > ? {of_topics}ORDER BY position LIMIT ?",
                 (after, *topics, limit),
             )
@@ -252,13 +252,15 @@ class SQLiteLog(SQLiteProcessRecorder):
     ) -> list[Notification]:
         after = 0 if start is None else start - 1 if inclusive_of_start else start
         return [
-            Notification(event.aggregate_id, event.version, event.topic, event.state, event.position)
+            Notification(
+                event.aggregate_id, event.version, event.topic, event.state, event.position
+            )
             for event in self.read(after, limit, topics)
             if stop is None or event.position <= stop
         ]
 
 
-class _Refused(Exception):  # noqa: N818 - carries a verdict out of a transaction
+class _Refused(Exception):
     def __init__(self, verdict: Verdict) -> None:
         super().__init__(verdict)
         self.verdict = verdict
@@ -413,7 +415,7 @@ class SQLiteViews:
             for chunk in _chunks(list(keys)):
                 marks = ",".join("?" * len(chunk))
                 cursor.execute(
-                    f"SELECT key, {columns} FROM {projection.table} WHERE key IN ({marks})",  # noqa: S608 - names from the row type
+                    f"SELECT key, {columns} FROM {projection.table} WHERE key IN ({marks})",
                     chunk,
                 )
                 for key, *values in cursor:
@@ -439,7 +441,7 @@ class SQLiteViews:
             if moved.rowcount != 1:
                 return False
             _insert_rows(connection, table.insert, table.on_conflict, changed)
-            connection.executemany(f"DELETE FROM {projection.table} WHERE key = ?", deleted)  # noqa: S608 - the projection's table
+            connection.executemany(f"DELETE FROM {projection.table} WHERE key = ?", deleted)
         return True
 
     def get(self, projection: Projection[R], key: str) -> R | None:
@@ -521,7 +523,8 @@ class SQLiteStore:
                 f"file:{self._path}?mode=ro", uri=True, check_same_thread=False
             )
         (version,) = self._watched.execute("PRAGMA data_version").fetchone()
-        changed, self._seen = version != self._seen, version
+        changed: bool = version != self._seen
+        self._seen = version
         return changed
 
     def close(self) -> None:
@@ -567,7 +570,8 @@ def _set_up_view(
     connection.execute(f"DROP VIEW IF EXISTS {projection.name}")
     connection.execute(table.member_view)
     connection.execute(
-        "INSERT INTO leftfold_checkpoints (name, version, position, definition) VALUES (?, ?, 0, ?)",
+        "INSERT INTO leftfold_checkpoints (name, version, position, definition) "
+        "VALUES (?, ?, 0, ?)",
         (projection.name, projection.version, table.definition),
     )
 

@@ -78,7 +78,9 @@ async def test_a_command_writes_its_events(shop, register):
 
 async def test_the_receipt_tells_aggregates_versions_and_position(shop, sell, invoice):
     await shop.register("A", "B")
-    receipt = (await shop.bus.dispatch(invoice(("B", 1), ("A", 1), ("B", 2)), command_id=ID)).unwrap()
+    receipt = (
+        await shop.bus.dispatch(invoice(("B", 1), ("A", 1), ("B", 2)), command_id=ID)
+    ).unwrap()
     assert receipt == Receipt(ID, ((Item.id_of("B"), 3), (Item.id_of("A"), 2)), position=5)
 
 
@@ -328,7 +330,7 @@ async def test_of_two_registrations_in_two_processes_one_is_refused(shops, regis
 
 
 async def test_many_commands_of_two_processes_are_each_done_once_or_refused(shops):
-    one, other = shops
+    one, _ = shops
     await one.register("A")
     answers = await asyncio.gather(
         *(s.bus.dispatch(ReceiveStock(sku="A", quantity=1)) for s in shops for _ in range(20))

@@ -84,7 +84,11 @@ def test_the_view_holds_the_sums_of_what_was_done(operations, opening_stock, pri
 
     # However the log is cut into pages, the rows end the same.
     rows = {}
+
+    def load(keys):
+        return {key: rows[key] for key in keys & set(rows)}
+
     for begin, end in zip([0, *sorted(cuts)], [*sorted(cuts), len(events)], strict=True):
-        rows |= item_stock.fold(events[begin:end], lambda keys: {k: rows[k] for k in keys & set(rows)})
+        rows.update(item_stock.fold(events[begin:end], load))
     assert rows == {item.id.hex: expected}
     assert expected.on_hand == item.on_hand

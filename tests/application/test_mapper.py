@@ -48,8 +48,8 @@ movements = {
     "customer_id": st.none() | st.builds(Personal, texts),
     "occurred_at": moments,
 }
-events = st.one_of(
-    st.builds(
+STRATEGIES = {
+    ItemRegistered: st.builds(
         ItemRegistered,
         sku=texts,
         name=texts,
@@ -58,14 +58,17 @@ events = st.one_of(
         reorder_level=amounts,
         occurred_at=moments,
     ),
-    st.builds(ItemRenamed, name=texts, occurred_at=moments),
-    st.builds(ItemRepriced, unit_price=prices, occurred_at=moments),
-    st.builds(StockReceived, quantity=amounts, occurred_at=moments),
-    st.builds(StockSold, **movements),
-    st.builds(StockReturned, **movements),
-    st.builds(StockWrittenOff, quantity=amounts, reason=texts, occurred_at=moments),
-    st.builds(ItemDiscontinued, occurred_at=moments),
-)
+    ItemRenamed: st.builds(ItemRenamed, name=texts, occurred_at=moments),
+    ItemRepriced: st.builds(ItemRepriced, unit_price=prices, occurred_at=moments),
+    StockReceived: st.builds(StockReceived, quantity=amounts, occurred_at=moments),
+    StockSold: st.builds(StockSold, **movements),
+    StockReturned: st.builds(StockReturned, **movements),
+    StockWrittenOff: st.builds(
+        StockWrittenOff, quantity=amounts, reason=texts, occurred_at=moments
+    ),
+    ItemDiscontinued: st.builds(ItemDiscontinued, occurred_at=moments),
+}
+events = st.one_of(*STRATEGIES.values())
 
 
 class Begun(Created, topic="test.thing.begun"):
@@ -139,9 +142,8 @@ def test_every_event_of_an_item_comes_back_as_it_was(event, version, recorded_at
     assert again.__dict__ == event.__dict__
 
 
-@pytest.mark.parametrize("event_type", Item.EVENTS)
-def test_the_property_above_draws_every_event_of_an_item(event_type):
-    assert event_type in {strategy.wrapped_strategy.target for strategy in events.original_strategies}
+def test_the_property_above_draws_every_event_of_an_item():
+    assert set(STRATEGIES) == set(Item.EVENTS)
 
 
 def test_the_stored_form_is_json_and_leaves_out_what_the_columns_hold():
@@ -184,7 +186,9 @@ def test_the_first_class_version_is_not_written():
 
 
 def test_a_higher_class_version_is_written():
-    assert json.loads(NEW.to_stored_event(stamped(Grown(millimetres=1))).state)["class_version"] == 2
+    assert (
+        json.loads(NEW.to_stored_event(stamped(Grown(millimetres=1))).state)["class_version"] == 2
+    )
 
 
 def test_an_event_of_a_higher_class_version_comes_back():

@@ -86,12 +86,9 @@ def test_a_name_that_is_no_text_is_refused(name):
 
 LONG = "1.0000000000000000000000000000000001"  # more digits than a product keeps
 NO_PRICES = [
-    Decimal(price)
-    for price in ("-0.001", "1.0001", "1000000000.001", "NaN", "sNaN", "Infinity")
+    Decimal(price) for price in ("-0.001", "1.0001", "1000000000.001", "NaN", "sNaN", "Infinity")
 ]
-NO_PRICES += [
-    pytest.param(Decimal(LONG), marks=pytest.mark.xfail(reason="the product is rounded"))
-]
+NO_PRICES += [pytest.param(Decimal(LONG), marks=pytest.mark.xfail(reason="the product is rounded"))]
 
 
 @pytest.mark.parametrize("price", ["0", "0.001", "2.550", "1E+3", "1000000000"])
@@ -190,11 +187,7 @@ def test_selling_stock_at_the_items_price():
 def test_selling_stock_with_all_its_facts():
     scenario(Item).given(registered).when(
         lambda item: item.sell(3, "536365", Decimal(2), "France", CUSTOMER, SOLD_AT)
-    ).then(
-        sold(
-            unit_price=Decimal(2), country="France", customer_id=CUSTOMER, occurred_at=SOLD_AT
-        )
-    )
+    ).then(sold(unit_price=Decimal(2), country="France", customer_id=CUSTOMER, occurred_at=SOLD_AT))
 
 
 def test_a_sale_takes_the_price_of_its_moment():

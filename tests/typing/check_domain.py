@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import assert_type
 from uuid import UUID
-
-from typing_extensions import assert_type
 
 from leftfold.application import Page, Projection, Repository, Views
 from leftfold.domain import Specification, all_of, attr
@@ -31,7 +30,7 @@ def specifications(full: Full, shelf: Shelf, item: Item) -> None:
     assert_type(~full, Specification[Shelf])
     assert_type(full & InStock(), Specification[Shelf])
     assert_type(all_of(full, attr("pieces") > 1), Specification[Shelf])
-    full.is_satisfied_by(item)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    full.is_satisfied_by(item)  # type: ignore[arg-type]
 
 
 shelves = Projection("shelves", version=1, row=Shelf, specification=Full())
@@ -42,12 +41,12 @@ def registered(row: Shelf | None, event: ItemRegistered) -> Shelf | None:
     return row or Shelf(event.opening_stock)
 
 
-@shelves.on(StockSold)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportUntypedFunctionDecorator]
+@shelves.on(StockSold)  # type: ignore[arg-type]
 def another_event(row: Shelf | None, event: ItemRegistered) -> Shelf | None:
     return row or Shelf(event.opening_stock)
 
 
-@shelves.on(StockSold)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportUntypedFunctionDecorator]
+@shelves.on(StockSold)  # type: ignore[arg-type]
 def another_row(row: Item | None, event: StockSold) -> Item | None:
     return row
 

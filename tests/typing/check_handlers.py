@@ -74,22 +74,22 @@ def right(commands: CommandBus, queries: QueryBus, cups: Cups) -> None:
 
 
 def another_message() -> None:
-    FillCup.handled_by(count)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    CountCups.handled_by(fill)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    LookIntoCup.handled_by(fill_later)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    FillCup.handled_by(count)  # type: ignore[arg-type]
+    CountCups.handled_by(fill)  # type: ignore[arg-type]
+    LookIntoCup.handled_by(fill_later)  # type: ignore[arg-type]
 
 
 def another_answer(commands: CommandBus) -> None:
-    FillCup.handled_by(bare)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    FillCup.handled_by(lambda _: Ok("full"))  # type: ignore[arg-type, return-value]  # pyright: ignore[reportArgumentType, reportReturnType]
-    commands.register(FillCup, count)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    FillCup.handled_by(bare)  # type: ignore[arg-type]
+    FillCup.handled_by(lambda _: Ok("full"))  # type: ignore[arg-type]
+    commands.register(FillCup, count)  # type: ignore[misc]
 
 
 def another_refusal(commands: CommandBus) -> None:
-    FillCup.handled_by(breaking)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    commands.register(FillCup, breaking)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    FillCup.handled_by(breaking)  # type: ignore[arg-type]
+    commands.register(FillCup, breaking)  # type: ignore[misc]
 
 
 def another_kind(commands: CommandBus) -> None:
-    commands.register(LookIntoCup, look)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    commands.add(fill)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    commands.register(LookIntoCup, look)  # type: ignore[arg-type]
+    commands.add(fill)  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing_extensions import assert_never, assert_type
+from typing import assert_never, assert_type
 
 from leftfold.domain import Err, Ok, Personal, Result
 
@@ -25,7 +25,7 @@ def forgetful(result: Result[int, str]) -> str:
         case Ok(value):
             return str(value)
         case _:
-            assert_never(result)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+            assert_never(result)  # type: ignore[arg-type]
 
 
 def narrowing(result: Result[int, str]) -> None:
@@ -40,7 +40,7 @@ def widened(result: Result[bool, KeyError]) -> Result[int, LookupError]:
 
 
 def narrowed(result: Result[int, LookupError]) -> Result[bool, LookupError]:
-    return result  # type: ignore[return-value]  # pyright: ignore[reportReturnType]
+    return result  # type: ignore[return-value]
 
 
 def methods(result: Result[int, str]) -> None:
@@ -60,5 +60,8 @@ def chained(result: Result[int, str]) -> None:
 
 def personal(name: Personal[str]) -> None:
     assert_type(name.reveal(), str)
-    wider: Personal[object] = name
-    assert_type(wider.reveal(), object)
+    assert_type(shown(name), str)
+
+
+def shown(anything: Personal[object]) -> str:
+    return str(anything)

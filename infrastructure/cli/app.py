@@ -1,0 +1,265 @@
+"""The commands, each a thin layer over the runtime of the Item model."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import sys
+import tempfile
+from collections.abc import Coroutine
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from leftfold.application import ValidationFailed
+from leftfold.application.items import (
+    FindItems,
+    ItemRow,
+    item_model,
+)
+from leftfold.domain import LeftfoldError, Result
+from leftfold.infrastructure.cli.output import (
+    complain,
+    progress,
+    say,
+    show_facts,
+    show_json,
+    show_table,
+)
+from leftfold.infrastructure.errors import InvalidSettingsError
+from leftfold.infrastructure.importing import Summary, import_sales
+from leftfold.infrastructure.items import open_items
+from leftfold.infrastructure.runtime import Runtime
+from leftfold.infrastructure.settings import load_settings
+from leftfold.infrastructure.simulation import write_shop
+from leftfold.infrastructure.stores import make_store
+
+T = TypeVar("T")
+
+WRONG_USE = 2
+FAILURE = 1
+INTERRUPTED = 130
+
+Store = Annotated[
+    str,
+    typer.Option(
+        "--store",
+        envvar="LEFTFOLD_STORE",
+        help="sqlite:///path or postgresql://…",
+        show_default=False,
+        show_envvar=True,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Sku = Annotated[str, typer.Argument(help="The item's SKU, as it is written.")]
+Order = Annotated[str, typer.Option(help="A column's name; with - before it, descending.")]
+
+app = typer.Typer(
+    name="leftfold",
+    help="Event-sourced stock-keeping: the reference model of leftfold.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def demo(
+    store: Annotated[
+        str, typer.Option("--store", help="Keep the shop there.", show_default=False)
+    ] = "",
+    seed: Annotated[int, typer.Option(help="Another seed is another shop.")] = 1,
+    days: Annotated[int, typer.Option(min=1, max=3_650, help="Days of sales.")] = 90,
+    as_json: AsJson = False,
+) -> None:
+    """Simulate a small shop, import its sales, and ask a few questions."""
+    with tempfile.TemporaryDirectory(prefix="leftfold-") as folder:
+        path = Path(folder) / "shop.csv"
+        write_shop(path, seed=seed, days=days)
+        url = store or f"sqlite:///{folder}/shop.db"
+
+        async def run() -> tuple[Summary, tuple[ItemRow, ...]]:
+            async with open_items(url) as shop:
+                with progress() as tell:
+                    summary = await import_sales(shop, path, tell)
+                best = await shop.queries.dispatch(FindItems(order="-revenue", limit=5))
+                return summary, best.unwrap().rows
+
+        summary, best = _run(run())
+    if as_json:
+        show_json(_summary(summary))
+        return
+    say(f"A simulated shop, {days} days, imported on {'the store' if store else 'SQLite'}.")
+    _show_summary(summary)
+    _show_items("Best sellers", best)
+    if not store:
+        say("Keep it and look around: leftfold demo --store sqlite:///shop.db")
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="A .csv, .csv.gz or .csv.xz file.")],
+    store: Store,
+    as_json: AsJson = False,
+) -> None:
+    """Import a shop's sales in the UCI Online Retail format; run it again to go on."""
+    if not file.is_file():
+        raise typer.BadParameter(f"there is no file {file}")
+
+    async def run() -> Summary:
+        async with _open(store) as shop:
+            with progress() as tell:
+                return await import_sales(shop, file, tell)
+
+    summary = _run(run())
+    if as_json:
+        show_json(_summary(summary))
+        return
+    _show_summary(summary)
+    for code, count in summary.skipped_by_code.items():
+        say(f"skipped\t{code}\t{count}")
+    for line, reason in summary.odd_rows:
+        say(f"line {line}: {reason}")
+    for refused in summary.refused:
+        say(f"line {refused.line}: invoice {refused.invoice} was refused: {refused.reason}")
+
+
+@app.command()
+def items(
+    store: Store,
+    order: Order = "sku",
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="Rows to show.")] = 20,
+    cursor: Annotated[str, typer.Option(help="Where to go on.", show_default=False)] = "",
+    as_json: AsJson = False,
+) -> None:
+    """List items."""
+
+    async def run() -> Any:
+        async with _open(store) as shop:
+            (await shop.catch_up()).unwrap()
+            query = FindItems(order=order, limit=limit, cursor=cursor or None)
+            return _unwrap(await shop.queries.dispatch(query))
+
+    page = _run(run())
+    if as_json:
+        show_json({"rows": [asdict(row) for row in page.rows], "next": page.next})
+        return
+    _show_items("Items", page.rows)
+    if page.next:
+        complain(f"there are more: --cursor {page.next}")
+
+
+@app.command()
+def show(sku: Sku, store: Store, as_json: AsJson = False) -> None:
+    """Show one item."""
+
+    async def run() -> ItemRow:
+        async with _open(store) as shop:
+            (await shop.catch_up()).unwrap()
+            row: ItemRow = _unwrap(await shop.queries.dispatch(_query(shop, "GetItem", sku)))
+            return row
+
+    row = _run(run())
+    if as_json:
+        show_json(asdict(row))
+    else:
+        show_facts(
+            row.sku, [(name.replace("_", " "), value) for name, value in asdict(row).items()]
+        )
+
+
+@app.command()
+def events(sku: Sku, store: Store, as_json: AsJson = False) -> None:
+    """Show all that happened to one item."""
+
+    async def run() -> Any:
+        async with _open(store) as shop:
+            return _unwrap(await shop.queries.dispatch(_query(shop, "ItemHistory", sku)))
+
+    history = _run(run())
+    if as_json:
+        show_json([event.model_dump() for event in history])
+        return
+    rows = []
+    for event in history:
+        facts = dict(event.payload)
+        occurred = facts.pop("occurred_at")
+        told = ", ".join(f"{name}={value}" for name, value in facts.items() if value is not None)
+        rows.append((event.version, occurred, event.event_type.rpartition(".")[2], told))
+    show_table(f"Events of {sku}", ("version", "occurred_at", "event", "facts"), rows)
+
+
+@app.command()
+def migrate(store: Store) -> None:
+    """Make the tables that are missing, so that programs need no right to."""
+    opened = make_store(load_settings(store=store))
+    opened.open(item_model.projections, create_tables=True)
+    opened.close()
+    say(f"{opened.name} is ready")
+
+
+def run() -> int:
+    """Run the command line and return its exit code."""
+    usage_error: Any = typer.BadParameter.__base__  # typer brings its own, or click's
+    try:
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
+    except usage_error as error:
+        if message := " ".join(error.format_message().split()):  # none after the help alone
+            complain(message)
+        return WRONG_USE
+    except (InvalidSettingsError, ValidationFailed) as error:
+        complain(str(error))
+        return WRONG_USE
+    except LeftfoldError as error:
+        complain(str(error))
+        return FAILURE
+    except (KeyboardInterrupt, typer.Abort):
+        complain("interrupted; what was committed stays")
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return FAILURE
+    return code if isinstance(code, int) else 0
+
+
+def _open(store: str) -> Runtime:
+    return open_items(store)
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    # This process is all leftfold's: events come and go by the hundred thousand, in no cycles.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
+    return asyncio.run(work)
+
+
+def _query(shop: Runtime, name: str, sku: str) -> Any:
+    return shop.queries.parse(name, {"sku": sku}).unwrap()
+
+
+def _unwrap(result: Result[T, Any]) -> T:
+    value: T = result.unwrap()
+    return value
+
+
+def _summary(summary: Summary) -> dict[str, object]:
+    return {field.name: getattr(summary, field.name) for field in fields(summary)}
+
+
+def _show_summary(summary: Summary) -> None:
+    facts = [
+        (name, value)
+        for name, value in _summary(summary).items()
+        if not isinstance(value, dict | tuple)
+    ]
+    show_facts("Imported", facts)
+
+
+def _show_items(title: str, rows: tuple[ItemRow, ...]) -> None:
+    columns = ("sku", "name", "unit_price", "on_hand", "units_sold", "units_returned", "revenue")
+    show_table(title, columns, [[getattr(row, name) for name in columns] for row in rows])

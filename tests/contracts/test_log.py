@@ -1,0 +1,299 @@
+"""What every log must do; the one in memory is the reference."""
+
+from __future__ import annotations
+
+from threading import Thread
+from uuid import UUID, uuid4
+
+import pytest
+from eventsourcing.persistence import StoredEvent
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from leftfold.application.ports import Committed, Repeated, Save, Stale
+from leftfold.infrastructure.settings import load_settings
+from leftfold.infrastructure.stores import make_store
+from leftfold.infrastructure.stores.memory import MemoryLog
+
+A, B, C = UUID(int=1), UUID(int=2), UUID(int=3)
+
+
+def event(aggregate_id=A, version=1, topic="sold", state=b"{}"):
+    return StoredEvent(aggregate_id, version, topic, state)
+
+
+def save(*events, command_id=None, answer=None):
+    versions = {e.originator_id: e.originator_version for e in events}
+    return Save(command_id or uuid4(), "Sell", events, tuple(versions.items()), answer)
+
+
+def stream(log, aggregate_id=A):
+    return [e.originator_version for e in log.streams([aggregate_id])[aggregate_id]]
+
+
+class LogContract:
+    @pytest.fixture
+    def log(self, url):
+        store = make_store(load_settings(store=url))
+        store.open((), create_tables=True)
+        yield store.log
+        store.close()
+
+    def test_is_empty_at_first(self, log):
+        assert log.head() == 0
+        assert log.read(0, 10) == []
+        assert log.streams([A]) == {A: []}
+        assert log.versions([A]) == {}
+        assert log.commands([A]) == {}
+
+    def test_nothing_to_commit_has_no_verdict(self, log):
+        assert log.commit([]) == []
+
+    def test_a_commit_gives_the_position_of_each_saves_last_event(self, log):
+        (verdict,) = log.commit([[save(event(A, 1), event(A, 2)), save(event(B, 1))]])
+        read = {(e.aggregate_id, e.version): e.position for e in log.read(0, 10)}
+        assert verdict == Committed((read[A, 2], read[B, 1]))
+
+    def test_a_save_of_no_events_has_position_0_and_keeps_its_command(self, log):
+        empty = save()
+        assert log.commit([[empty]]) == [Committed((0,))]
+        assert log.commands([empty.command_id])[empty.command_id].position == 0
+
+    def test_a_group_of_no_saves_is_committed(self, log):
+        assert log.commit([[], [save(event())]])[0] == Committed(())
+        assert stream(log) == [1]
+
+    def test_positions_ascend_in_the_order_of_commits_groups_saves_and_events(self, log):
+        log.commit([[save(event(A, 1))]])
+        log.commit([[save(event(B, 1), event(A, 2))], [save(event(C, 1)), save(event(B, 2))]])
+        log.commit([[save(event(A, 3))]])
+        read = log.read(0, 10)
+        assert [(e.aggregate_id, e.version) for e in read] == [
+            *[(A, 1), (B, 1), (A, 2), (C, 1), (B, 2), (A, 3)]
+        ]
+        positions = [e.position for e in read]
+        assert positions == sorted(set(positions))
+        assert positions[0] > 0
+
+    def test_a_version_that_is_taken_is_stale(self, log):
+        log.commit([[save(event(A, 1))]])
+        assert log.commit([[save(event(A, 1, state=b"other"))]]) == [Stale()]
+        assert [e.state for e in log.streams([A])[A]] == [b"{}"]
+
+    def test_a_command_that_was_carried_out_is_repeated(self, log):
+        first = save(event(A, 1))
+        log.commit([[first]])
+        assert log.commit([[save(event(A, 2), command_id=first.command_id)]]) == [Repeated()]
+        assert stream(log) == [1]
+
+    def test_a_command_sent_again_as_it_was_is_refused(self, log):
+        first = save(event(A, 1))
+        log.commit([[first]])
+        (verdict,) = log.commit([[first]])
+        assert verdict in {Repeated(), Stale()}
+        assert stream(log) == [1]
+
+    def test_of_two_groups_with_one_command_only_the_first_is_committed(self, log):
+        first = save(event(A, 1))
+        again = save(event(B, 1), command_id=first.command_id)
+        verdicts = log.commit([[first], [again]])
+        assert [type(v) for v in verdicts] == [Committed, Repeated]
+        assert (stream(log, A), stream(log, B)) == ([1], [])
+
+    def test_of_two_groups_with_one_version_only_the_first_is_committed(self, log):
+        verdicts = log.commit([[save(event(A, 1, state=b"1"))], [save(event(A, 1, state=b"2"))]])
+        assert [type(v) for v in verdicts] == [Committed, Stale]
+        assert [e.state for e in log.streams([A])[A]] == [b"1"]
+
+    def test_a_refused_group_fails_alone(self, log):
+        known = save(event(A, 1))
+        log.commit([[known]])
+        verdicts = log.commit(
+            [
+                [save(event(B, 1))],
+                [save(event(C, 1)), save(event(A, 1))],
+                [save(event(B, 2))],
+                [save(event(C, 1), command_id=known.command_id)],
+                [save(event(A, 2)), save(event(B, 3))],
+            ]
+        )
+        assert [type(v) for v in verdicts] == [Committed, Stale, Committed, Repeated, Committed]
+        read = log.read(0, 10)
+        assert [(e.aggregate_id, e.version) for e in read] == [
+            *[(A, 1), (B, 1), (B, 2), (A, 2), (B, 3)]
+        ]
+        told = [p for v in verdicts if isinstance(v, Committed) for p in v.positions]
+        assert told == [e.position for e in read][1:]
+
+    @pytest.mark.parametrize("others", [0, 1])
+    def test_nothing_of_a_refused_group_is_visible(self, log, others):
+        log.commit([[save(event(A, 1))]])
+        lost = [save(event(B, 1)), save(event(B, 2), event(A, 1)), save(event(C, 1))]
+        log.commit([lost, *[[save(event(A, 2))]] * others])
+        assert log.streams([B, C]) == {B: [], C: []}
+        assert log.versions([B, C]) == {}
+        assert log.commands([s.command_id for s in lost]) == {}
+        assert {e.aggregate_id for e in log.read(0, 10)} == {A}
+
+    def test_a_refused_group_leaves_the_log_usable(self, log):
+        log.commit([[save(event(A, 1))]])
+        log.commit([[save(event(A, 1))]])
+        (verdict,) = log.commit([[save(event(A, 2))]])
+        assert isinstance(verdict, Committed)
+
+    def test_streams_are_by_version_with_all_that_was_stored(self, log):
+        stored = [
+            event(A, 1, "registered", b'{"name":"\xc3\xbc"}'),
+            event(A, 2, "sold", bytes(range(256))),
+        ]
+        log.commit([[save(stored[0], event(B, 1))], [save(stored[1])]])
+        assert log.streams([A, C]) == {A: stored, C: []}
+
+    def test_streams_of_many_aggregates_come_together(self, log):
+        ids = [UUID(int=n) for n in range(1, 1_201)]
+        log.commit([[save(*(event(i, 1) for i in ids))]])
+        assert log.streams(ids) == {i: [event(i, 1)] for i in ids}
+        assert log.versions(ids) == dict.fromkeys(ids, 1)
+
+    def test_versions_are_the_last_ones(self, log):
+        log.commit([[save(event(A, 1), event(A, 2), event(B, 1))]])
+        assert log.versions([A, B, C]) == {A: 2, B: 1}
+
+    def test_a_command_is_kept_with_its_aggregates_position_and_answer(self, log):
+        first = save(event(A, 1), event(B, 1), answer=b'"\x00\xff"')
+        second = save(event(A, 2))
+        log.commit([[first, second]])
+        kept = log.commands([first.command_id, second.command_id, uuid4()])
+        assert kept.keys() == {first.command_id, second.command_id}
+        one, two = kept[first.command_id], kept[second.command_id]
+        assert (one.command_id, one.aggregates) == (first.command_id, ((A, 1), (B, 1)))
+        assert (one.answer, two.answer) == (b'"\x00\xff"', None)
+        assert [one.position, two.position] == [e.position for e in log.read(0, 10)][1:]
+
+    def test_many_commands_are_looked_up_together(self, log):
+        saves = [save() for _ in range(1_201)]
+        log.commit([saves])
+        assert len(log.commands([s.command_id for s in saves])) == 1_201
+
+    def test_reading_begins_after_a_position_and_ends_at_the_limit(self, log):
+        log.commit([[save(*(event(A, n) for n in range(1, 6)))]])
+        positions = [e.position for e in log.read(0, 10)]
+        assert [e.version for e in log.read(positions[1], 2)] == [3, 4]
+        assert log.read(positions[-1], 10) == []
+
+    def test_reading_can_be_limited_to_topics(self, log):
+        topics = ["sold", "received", "sold", "renamed", "sold"]
+        log.commit([[save(*(event(A, n, topic) for n, topic in enumerate(topics, 1)))]])
+        assert [e.version for e in log.read(0, 2, ["sold"])] == [1, 3]
+        assert [e.version for e in log.read(0, 9, ["renamed", "received"])] == [2, 4]
+        assert log.read(0, 9, ["nothing"]) == []
+
+    def test_the_head_is_the_last_position(self, log):
+        log.commit([[save(event(A, 1))], [save(event(A, 2))]])
+        assert log.head() == log.read(0, 10)[-1].position
+
+    def test_a_group_of_4000_events_is_written_whole_and_in_order(self, log):
+        (verdict,) = log.commit([[save(*(event(A, n) for n in range(1, 4_001)))]])
+        assert verdict == Committed((log.head(),))
+        assert [e.version for e in log.read(0, 5_000)] == list(range(1, 4_001))
+
+    def test_a_group_of_4000_events_is_refused_whole(self, log):
+        log.commit([[save(event(B, 1))]])
+        (verdict,) = log.commit([[save(*(event(A, n) for n in range(1, 4_001)), event(B, 1))]])
+        assert verdict == Stale()
+        assert stream(log) == []
+
+    def test_threads_that_race_for_one_version_are_served_once(self, log):
+        verdicts = []
+        racers = [
+            Thread(target=lambda: verdicts.extend(log.commit([[save(event(A, 1))]])))
+            for _ in range(4)
+        ]
+        for racer in racers:
+            racer.start()
+        for racer in racers:
+            racer.join(20)
+        assert sorted(type(v).__name__ for v in verdicts) == ["Committed", *["Stale"] * 3]
+        assert stream(log) == [1]
+
+    def test_a_reader_who_follows_never_meets_a_lower_position_later(self, log):
+        def write(aggregate_id):
+            for version in range(1, 26):
+                log.commit([[save(event(aggregate_id, version))]])
+
+        writers = [Thread(target=write, args=(i,)) for i in (A, B, C)]
+        for writer in writers:
+            writer.start()
+        seen = []
+        while any(w.is_alive() for w in writers) or len(seen) < log_length(log):
+            seen += log.read(seen[-1].position if seen else 0, 7)
+        assert seen == log.read(0, 100)
+        assert len(seen) == 75
+
+    @given(st.data())
+    @settings(
+        max_examples=25,
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )
+    def test_agrees_with_the_log_in_memory(self, log, data):
+        reference, begun = MemoryLog(), log.head()
+        ids = [uuid4(), uuid4(), uuid4()]
+        command_ids = [uuid4() for _ in range(6)]
+        for _ in range(data.draw(st.integers(1, 4))):
+            groups = data.draw(groups_on(reference.versions(ids), ids, command_ids))
+            found, expected = log.commit(groups), reference.commit(groups)
+            assert [isinstance(v, Committed) for v in found] == [
+                isinstance(v, Committed) for v in expected
+            ]
+        assert log.streams(ids) == reference.streams(ids)
+        assert log.versions(ids) == reference.versions(ids)
+        read = log.read(begun, 1_000)
+        assert [e[1:] for e in read] == [e[1:] for e in reference.read(0, 1_000)]
+        order = {e.position: n for n, e in enumerate(read, 1)} | {0: 0}
+        kept, known = log.commands(command_ids), reference.commands(command_ids)
+        assert {i: (order[c.position], c.aggregates, c.answer) for i, c in kept.items()} == {
+            i: (c.position, c.aggregates, c.answer) for i, c in known.items()
+        }
+
+
+def log_length(log):
+    return len(log.read(0, 1_000))
+
+
+@st.composite
+def groups_on(draw, versions, ids, command_ids):
+    """Groups as callers make them: based on the present versions, or on somewhat older ones."""
+    groups = []
+    for _ in range(draw(st.integers(1, 4))):
+        behind = draw(st.sampled_from([0, 0, 0, 1]))
+        based_on = {i: max(0, versions.get(i, 0) - behind) for i in ids}
+        group = []
+        for command_id in draw(st.lists(st.sampled_from(command_ids), unique=True, max_size=3)):
+            events = []
+            for aggregate_id in draw(st.lists(st.sampled_from(ids), max_size=4)):
+                based_on[aggregate_id] += 1
+                state = draw(st.binary(max_size=3))
+                events.append(event(aggregate_id, based_on[aggregate_id], "sold", state))
+            answer = draw(st.none() | st.binary(max_size=3))
+            group.append(save(*events, command_id=command_id, answer=answer))
+        groups.append(group)
+    return groups
+
+
+class TestMemoryLog(LogContract):
+    @pytest.fixture
+    def url(self):
+        return "memory:"
+
+
+class TestSQLiteLog(LogContract):
+    @pytest.fixture
+    def url(self, sqlite_url):
+        return sqlite_url
+
+
+class TestPostgresLog(LogContract):
+    @pytest.fixture
+    def url(self, postgres_url):
+        return postgres_url
