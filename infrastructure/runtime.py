@@ -165,7 +165,11 @@ class Runtime:
         return Health(self._store.name, is_healthy, projections)
 
     async def __aenter__(self) -> Self:
-        """Open the store and follow its log.
+        """Open the runtime; see `open`."""
+        return await self.open()
+
+    async def open(self) -> Self:
+        """Open the store and follow its log, until `close`; `async with` does both.
 
         Raises `StoreUnavailableError`, `SchemaMissingError`, `SchemaVersionError`,
         `ViewChangedError`.

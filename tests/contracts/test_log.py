@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from threading import Thread
 from uuid import UUID, uuid4
 
 import pytest
-from eventsourcing.persistence import StoredEvent
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from leftfold.application.ports import Committed, Repeated, Save, Stale
+from leftfold.application.ports import Committed, EncodedEvent, Repeated, Save, Stale
 from leftfold.infrastructure.settings import load_settings
 from leftfold.infrastructure.stores import make_store
 from leftfold.infrastructure.stores.memory import MemoryLog
@@ -19,25 +19,31 @@ A, B, C = UUID(int=1), UUID(int=2), UUID(int=3)
 
 
 def event(aggregate_id=A, version=1, topic="sold", state=b"{}"):
-    return StoredEvent(aggregate_id, version, topic, state)
+    return EncodedEvent(aggregate_id, version, topic, state)
 
 
 def save(*events, command_id=None, answer=None):
-    versions = {e.originator_id: e.originator_version for e in events}
+    versions = {e.aggregate_id: e.version for e in events}
     return Save(command_id or uuid4(), "Sell", events, tuple(versions.items()), answer)
 
 
 def stream(log, aggregate_id=A):
-    return [e.originator_version for e in log.streams([aggregate_id])[aggregate_id]]
+    return [e.version for e in log.streams([aggregate_id])[aggregate_id]]
+
+
+@contextmanager
+def opened(url):
+    store = make_store(load_settings(store=url))
+    store.open((), create_tables=True)
+    yield store.log
+    store.close()
 
 
 class LogContract:
     @pytest.fixture
     def log(self, url):
-        store = make_store(load_settings(store=url))
-        store.open((), create_tables=True)
-        yield store.log
-        store.close()
+        with opened(url) as log:
+            yield log
 
     def test_is_empty_at_first(self, log):
         assert log.head() == 0
@@ -230,32 +236,6 @@ class LogContract:
         assert seen == log.read(0, 100)
         assert len(seen) == 75
 
-    @given(st.data())
-    @settings(
-        max_examples=25,
-        deadline=None,
-        suppress_health_check=[HealthCheck.function_scoped_fixture],
-    )
-    def test_agrees_with_the_log_in_memory(self, log, data):
-        reference, begun = MemoryLog(), log.head()
-        ids = [uuid4(), uuid4(), uuid4()]
-        command_ids = [uuid4() for _ in range(6)]
-        for _ in range(data.draw(st.integers(1, 4))):
-            groups = data.draw(groups_on(reference.versions(ids), ids, command_ids))
-            found, expected = log.commit(groups), reference.commit(groups)
-            assert [isinstance(v, Committed) for v in found] == [
-                isinstance(v, Committed) for v in expected
-            ]
-        assert log.streams(ids) == reference.streams(ids)
-        assert log.versions(ids) == reference.versions(ids)
-        read = log.read(begun, 1_000)
-        assert [e[1:] for e in read] == [e[1:] for e in reference.read(0, 1_000)]
-        order = {e.position: n for n, e in enumerate(read, 1)} | {0: 0}
-        kept, known = log.commands(command_ids), reference.commands(command_ids)
-        assert {i: (order[c.position], c.aggregates, c.answer) for i, c in kept.items()} == {
-            i: (c.position, c.aggregates, c.answer) for i, c in known.items()
-        }
-
 
 def log_length(log):
     return len(log.read(0, 1_000))
@@ -297,3 +277,36 @@ class TestPostgresLog(LogContract):
     @pytest.fixture
     def url(self, postgres_url):
         return postgres_url
+
+
+@pytest.fixture
+def shared_log(shared_url):
+    with opened(shared_url) as log:
+        yield log
+
+
+@given(st.data())
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_the_log_agrees_with_the_one_in_memory(shared_log, data):
+    reference, begun = MemoryLog(), shared_log.head()
+    ids = [uuid4(), uuid4(), uuid4()]
+    command_ids = [uuid4() for _ in range(6)]
+    for _ in range(data.draw(st.integers(1, 4))):
+        groups = data.draw(groups_on(reference.versions(ids), ids, command_ids))
+        found, expected = shared_log.commit(groups), reference.commit(groups)
+        assert [isinstance(v, Committed) for v in found] == [
+            isinstance(v, Committed) for v in expected
+        ]
+    assert shared_log.streams(ids) == reference.streams(ids)
+    assert shared_log.versions(ids) == reference.versions(ids)
+    read = shared_log.read(begun, 1_000)
+    assert [e[1:] for e in read] == [e[1:] for e in reference.read(0, 1_000)]
+    order = {e.position: n for n, e in enumerate(read, 1)} | {0: 0}
+    kept, known = shared_log.commands(command_ids), reference.commands(command_ids)
+    assert {i: (order[c.position], c.aggregates, c.answer) for i, c in kept.items()} == {
+        i: (c.position, c.aggregates, c.answer) for i, c in known.items()
+    }

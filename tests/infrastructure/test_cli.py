@@ -1,0 +1,157 @@
+"""The command line, run as a person or a program would."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from leftfold.infrastructure.simulation import write_shop
+
+
+def leftfold(*arguments, store=None, **environment):
+    env = {**os.environ, **environment}
+    env.pop("LEFTFOLD_STORE", None)
+    if store is not None:
+        env["LEFTFOLD_STORE"] = store
+    return subprocess.run(
+        [sys.executable, "-m", "leftfold.infrastructure.cli", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env=env,
+    )
+
+
+@pytest.fixture
+def shop(tmp_path):
+    """A store with a small shop in it."""
+    url = f"sqlite:///{tmp_path}/shop.db"
+    path = tmp_path / "shop.csv"
+    write_shop(path, seed=5, days=10)
+    done = leftfold("import", str(path), "--store", url, "--json")
+    assert done.returncode == 0, done.stderr
+    return url
+
+
+def one_line(done):
+    return done.stderr.startswith("leftfold: ") and done.stderr.count("\n") == 1
+
+
+def test_demo_imports_a_shop_and_shows_its_best_sellers():
+    done = leftfold("demo", "--days", "10")
+    assert done.returncode == 0, done.stderr
+    assert "revenue\t" in done.stdout
+    assert "sku\tname" in done.stdout
+
+
+def test_demo_is_the_same_shop_for_the_same_seed():
+    first, again, other = (
+        leftfold("demo", "--days", "5", "--json", "--seed", seed).stdout for seed in "112"
+    )
+    assert first == again != other
+
+
+def test_the_store_comes_from_the_environment_and_an_argument_beats_it(shop):
+    assert leftfold("items", store=shop).returncode == 0
+    assert leftfold("items", "--store", shop, store="nonsense:").returncode == 0
+
+
+def test_items_are_listed_page_by_page(shop):
+    first = json.loads(leftfold("items", "--limit", "40", "--json", store=shop).stdout)
+    second = leftfold("items", "--limit", "40", "--cursor", first["next"], "--json", store=shop)
+    skus = [row["sku"] for page in (first, json.loads(second.stdout)) for row in page["rows"]]
+    assert skus == sorted(set(skus))
+    assert len(skus) == 64
+
+
+def test_items_are_ordered_as_asked(shop):
+    rows = json.loads(leftfold("items", "--order=-on_hand", "--json", store=shop).stdout)["rows"]
+    stocks = [row["on_hand"] for row in rows]
+    assert stocks == sorted(stocks, reverse=True)
+
+
+def test_one_item_is_shown_with_its_history(shop):
+    row = json.loads(leftfold("show", "21000A", "--json", store=shop).stdout)
+    events = json.loads(leftfold("events", "21000A", "--json", store=shop).stdout)
+    assert row["sku"] == "21000A"
+    assert [event["version"] for event in events] == list(range(1, len(events) + 1))
+
+
+def test_in_a_pipe_there_are_plain_lines(shop):
+    done = leftfold("events", "21000A", store=shop)
+    assert done.stdout.splitlines()[0] == "version\toccurred_at\tevent\tfacts"
+    assert "\x1b" not in done.stdout + done.stderr
+
+
+def test_migrate_makes_the_tables_alone(tmp_path):
+    url = f"sqlite:///{tmp_path}/new.db"
+    refused = leftfold("items", store=url, LEFTFOLD_CREATE_TABLES="false")
+    assert (refused.returncode, one_line(refused)) == (1, True)
+    assert "leftfold migrate" in refused.stderr
+    assert leftfold("migrate", store=url).returncode == 0
+    assert leftfold("items", store=url, LEFTFOLD_CREATE_TABLES="false").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("items",),
+        ("bogus",),
+        ("show", "--store", "memory:"),
+        ("items", "--store", "mysql://host/db"),
+        ("items", "--store", "memory:", "--order", "colour"),
+        ("items", "--store", "memory:", "--limit", "0"),
+        ("items", "--store", "memory:", "--cursor", "nonsense"),
+        ("show", "x" * 21, "--store", "memory:"),
+        ("import", "nowhere.csv", "--store", "memory:"),
+    ],
+    ids=" ".join,
+)
+def test_wrong_use_is_one_line_and_exit_code_2(arguments):
+    done = leftfold(*arguments)
+    assert done.returncode == 2
+    assert one_line(done), done.stderr
+
+
+def test_failure_is_one_line_and_exit_code_1(shop, tmp_path):
+    damaged = tmp_path / "damaged.csv"
+    damaged.write_text("not,a,shop\n")
+    for arguments in (
+        ("show", "nope", "--store", shop),
+        ("events", "nope", "--store", shop),
+        ("import", str(damaged), "--store", shop),
+        ("items", "--store", "postgresql://nobody@127.0.0.1:1/none"),
+        ("items", "--store", f"sqlite:///{tmp_path}/no/such/folder/x.db"),
+    ):
+        done = leftfold(*arguments)
+        assert done.returncode == 1, arguments
+        assert one_line(done), done.stderr
+
+
+def test_a_password_is_never_shown():
+    done = leftfold("items", "--store", "postgresql://me:s3cret@127.0.0.1:1/none")
+    assert done.returncode == 1
+    assert "s3cret" not in done.stdout + done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_error(shop):
+    command = f"{sys.executable} -m leftfold.infrastructure.cli events 21000A | head -n 1"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "LEFTFOLD_STORE": shop},
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_without_its_extra_the_command_says_what_to_install(tmp_path):
+    for package in ("typer", "rich"):
+        (tmp_path / f"{package}.py").write_text(f"raise ImportError('no', name='{package}')")
+    done = leftfold("demo", PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    assert done.returncode == 1
+    assert done.stderr == "leftfold: the command line needs: pip install 'leftfold[cli]'\n"
