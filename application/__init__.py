@@ -3,6 +3,7 @@
 from leftfold.application.bus import CommandBus, Dispatch, Middleware, QueryBus
 from leftfold.application.errors import (
     AlreadyHandledError,
+    CommandIdReused,
     Conflict,
     DispatchError,
     EventStoreUnavailable,
@@ -30,6 +31,7 @@ __all__ = [
     "Command",
     "CommandBus",
     "CommandHandler",
+    "CommandIdReused",
     "Conflict",
     "Dispatch",
     "DispatchError",

@@ -169,16 +169,22 @@ class CommandBus(Bus[Command[Any, Any]]):
         """Carry out several commands in order and in one transaction, all or none.
 
         Commands whose `command_id` was carried out before are not carried out again; their first
-        answers are given. The first refusal refuses them all.
+        answers are given. The first refusal refuses them all. After `OutcomeUnknown` it is safe to
+        dispatch them again with the same ids. Raises `ValueError` for two equal ids.
         """
         given = command_ids is not None
         ids = command_ids if command_ids is not None else [self._new_id() for _ in commands]
+        if len(set(ids)) < len(ids):
+            msg = "a command_id stands for one command"
+            raise ValueError(msg)
         parts = tuple(
             Dispatch(command, self._find(command), command_id, given)
             for command, command_id in zip(commands, ids, strict=True)
         )
         batch = Batch.model_construct(parts=parts)
-        outcome = await self._step(Dispatch(batch, _BATCH, self._new_id()))
+        if not parts:
+            return Ok(())
+        outcome = await self._step(Dispatch(batch, _BATCH, parts[0].command_id))
         return Ok(tuple(outcome.value)) if isinstance(outcome, Ok) else outcome
 
 

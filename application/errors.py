@@ -39,6 +39,16 @@ class OutcomeUnknown(DispatchError, message="command {command_id}: its outcome i
     command_id: UUID
 
 
+class CommandIdReused(
+    DispatchError, message="command id {command_id} is {first}'s, and cannot be {now}'s too"
+):
+    """The `command_id` was given to another command before; nothing was written."""
+
+    command_id: UUID
+    first: str
+    now: str
+
+
 class ShuttingDown(DispatchError, message="the runtime is shutting down"):
     """The runtime takes no more commands; nothing was written."""
 

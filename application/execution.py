@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 
 from leftfold.application.bus import Batch, Dispatch, Outcome
 from leftfold.application.errors import (
+    CommandIdReused,
     Conflict,
     DispatchError,
     EventStoreUnavailable,
@@ -98,7 +99,7 @@ class Execution:
                 return Ok(outcome.value[0]) if isinstance(outcome, Ok) else outcome
         finally:
             self._running -= 1
-            if self._idle is not None and not self._running:
+            if self._idle is not None and not self._running and not self._idle.done():
                 self._idle.set_result(None)
 
     async def drain(self) -> None:
@@ -107,7 +108,8 @@ class Execution:
         if self._running and self._idle is None:
             self._idle = asyncio.get_running_loop().create_future()
         if self._idle is not None:
-            await self._idle
+            await asyncio.shield(self._idle)
+        await self._writer.drain()
 
     async def _carry_out(self, parts: Sequence[Dispatch[Any]], known: Known) -> Outcome:
         wanted: Wanted = {}
@@ -117,11 +119,15 @@ class Execution:
             try:
                 return await self._attempt(unit, parts, known, wanted)
             except _Again:
-                known = known or await self._known(parts)
+                if any(part.given_id for part in parts):
+                    known = await self._known(parts)
+            except CommandIdReused as error:
+                return Err(error)
             finally:
                 current_unit.reset(token)
-                for aggregate_id, aggregate in unit.loaded.items():
-                    self._memory.let_go(aggregate_id, aggregate if unit.is_sound else None)
+                for aggregate_id in unit.taken:
+                    aggregate = unit.loaded.get(aggregate_id) if unit.is_sound else None
+                    self._memory.let_go(aggregate_id, aggregate)
 
     async def _attempt(
         self, unit: Unit, parts: Sequence[Dispatch[Any]], known: Known, wanted: Wanted
@@ -146,6 +152,10 @@ class Execution:
                 saves.append(self._save(unit, part, answer.value, begun))
         if not saves:
             await self._check_fresh(unit)
+            if any(p.given_id and p.command_id not in known for p in parts):
+                known_now = await self._known(parts)
+                if len(known_now) > len(known):
+                    raise _Again
             unit.is_sound = True
             return Ok(values)
         return await self._commit(unit, parts, values, saves)
@@ -176,11 +186,14 @@ class Execution:
         for aggregate_id in sorted(wanted, key=_number):
             if self._memory.is_taken(aggregate_id):
                 await self._memory.wait_for(aggregate_id)
-            unit.loaded[aggregate_id] = aggregate = self._memory.take(aggregate_id)
+            aggregate = self._memory.take(aggregate_id)
+            unit.taken.append(aggregate_id)
             if aggregate is None:
                 absent.append(aggregate_id)
+            else:
+                unit.loaded[aggregate_id] = aggregate
+                unit.based_on[aggregate_id] = aggregate.version
         if absent:
-            unit.fresh.update(absent)
             unit.loaded.update(await self._call(self._read, absent))
 
     def _read(self, aggregate_ids: Sequence[UUID]) -> dict[UUID, Aggregate | None]:
@@ -190,26 +203,17 @@ class Execution:
 
     async def _check_fresh(self, unit: Unit) -> None:
         """Begin again unless all that the answer is based on is as new as the store's."""
-        if self._log.is_local:
+        based_on = unit.based_on
+        if self._log.is_local or not based_on:
             return
-        based_on = {
-            aggregate_id: aggregate.version
-            for aggregate_id, aggregate in unit.loaded.items()
-            if aggregate is not None and aggregate_id not in unit.fresh
-        }
-        if based_on and await self._call(self._log.versions, list(based_on)) != based_on:
+        if await self._call(self._log.versions, list(based_on)) != based_on:
             raise _Again
 
     async def _refuse(self, unit: Unit, part: Dispatch[Any], refusal: Err[Any]) -> Outcome:
-        is_untouched = not unit.events and not unit.is_changed
-        if is_untouched:
-            await self._check_fresh(unit)
-            unit.is_sound = True
-        if part.given_id:
-            known = await self._known((part,))
-            if known:
-                unit.is_sound = False
-                return Ok([_answer_again(part, known[part.command_id])])
+        await self._check_fresh(unit)
+        if part.given_id and await self._known((part,)):
+            raise _Again
+        unit.is_sound = not unit.events and not unit.is_changed
         return refusal
 
     def _save(self, unit: Unit, part: Dispatch[Any], value: object, begun: int) -> Save:
@@ -244,8 +248,6 @@ class Execution:
             case Repeated():
                 raise _Again
             case Stale():
-                if any(part.given_id for part in parts) and await self._known(parts):
-                    raise _Again
                 return Err(Conflict(tuple(unit.versions.items())))
             case Failed(reason, in_doubt):
                 return await self._after_failure(parts, reason, in_doubt=in_doubt)
@@ -259,8 +261,8 @@ class Execution:
             known = await self._known(parts)
         except Exception:  # noqa: BLE001 - the store is failing; what counts is the doubt
             known = {}
-        if len(parts) == 1 and known:
-            return Ok([_answer_again(parts[0], known[parts[0].command_id])])
+        if len(known) == len(parts):
+            return Ok([_answer_again(part, known[part.command_id]) for part in parts])
         return Err(OutcomeUnknown(parts[0].command_id))
 
     async def _known(self, parts: Iterable[Dispatch[Any]]) -> Known:
@@ -283,6 +285,8 @@ def _complete(value: Any, position: int) -> Any:
 
 
 def _answer_again(part: Dispatch[Any], first: RecordedCommand) -> Any:
+    if first.command != part.name:
+        raise CommandIdReused(part.command_id, first.command, part.name)
     if first.answer is None:
         return Receipt(first.command_id, first.aggregates, first.position, repeated=True)
     return _answer_type(part).validate_json(first.answer)

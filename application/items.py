@@ -33,14 +33,15 @@ from leftfold.domain.items import (
     StockReturned,
     StockSold,
     StockWrittenOff,
+    is_text,
 )
 
 # Commands -------------------------------------------------------------------------------------
 
 
 def _storable(text: str) -> str:
-    if "\0" in text:
-        msg = "holds a NUL character"
+    if not is_text(text):
+        msg = "holds a NUL character or half of a surrogate pair"
         raise ValueError(msg)
     return text
 
@@ -50,7 +51,6 @@ Sku = Annotated[Text, StringConstraints(min_length=1, max_length=MAX_SKU_LENGTH)
 Quantity = Annotated[int, Field(gt=0, le=MAX_AMOUNT, strict=True)]
 StockLevel = Annotated[int, Field(ge=0, le=MAX_AMOUNT, strict=True)]
 Price = Annotated[Decimal, Field(ge=0, le=MAX_AMOUNT, decimal_places=MAX_PRICE_DECIMALS)]
-Customer = Annotated[Personal[str], Field()]
 
 
 class ItemCommand(Command[Receipt, ItemError]):
@@ -94,7 +94,7 @@ class SellStock(ItemCommand):
     invoice: Text
     unit_price: Price | None = None
     country: Text = ""
-    customer_id: Personal[str] | None = None
+    customer_id: Personal[Text] | None = None
 
 
 class TakeBackStock(SellStock):
@@ -122,7 +122,7 @@ class InvoiceLine(BaseModel):
     quantity: Quantity
     unit_price: Price = Decimal(0)
     country: Text = ""
-    customer_id: Personal[str] | None = None
+    customer_id: Personal[Text] | None = None
     reason: Text = ""
     occurred_at: AwareDatetime = WHEN_RECORDED
 

@@ -111,7 +111,7 @@ class EventMapper(Mapper[UUID]):
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             raise UnreadableEventError(topic, str(aggregate_id), version, reason) from error
-        envelope = event.__dict__
+        envelope = vars(event)
         envelope["originator_id"] = aggregate_id
         envelope["originator_version"] = version
         return event

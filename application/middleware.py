@@ -6,12 +6,15 @@ import logging
 from typing import Any
 
 import anyio
-from tenacity import AsyncRetrying, retry_if_result, stop_after_attempt, wait_random_exponential
+from tenacity import AsyncRetrying, RetryCallState, retry_if_result, stop_after_attempt
 
 from leftfold.application.bus import Dispatch, Middleware, Outcome, Step
 from leftfold.application.errors import Conflict, OutcomeUnknown
 from leftfold.application.ports import Platform
 from leftfold.domain import Err
+
+FIRST_DELAY = 0.001
+"""Seconds; the longest first wait after a conflict is twice that."""
 
 _log = logging.getLogger("leftfold.bus")
 
@@ -20,8 +23,6 @@ def logged(platform: Platform) -> Middleware:
     """Log every message by its type, never by its data: refusals as info, bugs as errors."""
 
     async def around(dispatch: Dispatch[Any], call_next: Step) -> Outcome:
-        if not _log.isEnabledFor(logging.INFO):
-            return await call_next(dispatch)
         begun = platform.monotonic()
         try:
             outcome = await call_next(dispatch)
@@ -62,14 +63,22 @@ def conflict_retry(
         outcome = await call_next(dispatch)
         if not _is_conflict(outcome) or max_attempts < 2:  # noqa: PLR2004 - one attempt was made
             return outcome
+
+        async def attempt() -> Outcome:
+            return await call_next(dispatch)
+
+        def wait(state: RetryCallState) -> float:
+            longest: float = min(max_delay, FIRST_DELAY * 2**state.attempt_number)
+            return platform.random() * longest
+
         retrying = AsyncRetrying(
             stop=stop_after_attempt(max_attempts - 1),
-            wait=wait_random_exponential(multiplier=0.002, max=max_delay),
+            wait=wait,
             retry=retry_if_result(_is_conflict),
             retry_error_callback=lambda state: state.outcome.result() if state.outcome else outcome,
             sleep=platform.sleep,
         )
-        return await retrying(call_next, dispatch)
+        return await retrying(attempt)
 
     return around
 

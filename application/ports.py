@@ -82,6 +82,7 @@ class RecordedCommand:
     """What the log keeps of a command that was carried out."""
 
     command_id: UUID
+    command: str
     aggregates: tuple[tuple[UUID, int], ...]
     position: int
     answer: bytes | None

@@ -48,7 +48,7 @@ class Projection(Generic[R]):
             raise InvalidModelError(f"projection {name}: {row.__name__} is not a dataclass")
         self.name = name
         self.version = version
-        self.row = row
+        self.row: type[R] = row
         self.specification = specification
         self.key = key
         hints = get_type_hints(row)

@@ -126,10 +126,10 @@ def read_cursor(projection: Projection[Any], order: Order, cursor: str) -> Seek:
     try:
         document = json.loads(base64.urlsafe_b64decode(cursor.encode()))
         text, key, value = document
-        if text != _order_text(order) or not isinstance(key, str):
+        if text != _order_text(order) or not isinstance(key, str) or not key.isprintable():
             raise ValueError(text)  # noqa: TRY301 - one way out for every fault
         return Seek(_column_type(projection, order).validate_python(value), key)
-    except (ValueError, TypeError, binascii.Error, ValidationError):
+    except (ValueError, TypeError, RecursionError, binascii.Error, ValidationError):
         raise ValidationFailed(
             projection.name, (("cursor", "is not a cursor of this order"),)
         ) from None

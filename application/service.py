@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, ClassVar, TypeVar
 from uuid import UUID, uuid4
@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 import eventsourcing.application
 from eventsourcing.application import Application
 from eventsourcing.domain import DomainEventProtocol, MutableOrImmutableAggregate
-from eventsourcing.persistence import InfrastructureFactory, Mapper, Recording
+from eventsourcing.persistence import EventStore, InfrastructureFactory, Mapper, Recording
 from eventsourcing.utils import Environment, EnvType
 
 from leftfold.application.mapper import EventMapper
@@ -35,11 +35,21 @@ class NotInMemory(BaseException):
 class Unit:
     """What one dispatch has in hand and what it staged; committed by the runtime, or dropped.
 
-    `fresh` are the aggregates that were read for it; the others were in memory. It `is_sound`
-    once its aggregates are known to be as the store has them, so that they may stay in memory.
+    `taken` are the aggregates that no other dispatch may use meanwhile; `based_on` the versions
+    of those that were in memory, and so may be older than the store's. It `is_sound` once its
+    aggregates are known to be as the store has them, so that they may stay in memory.
     """
 
-    __slots__ = ("command_id", "events", "fresh", "is_sound", "loaded", "used", "versions")
+    __slots__ = (
+        "based_on",
+        "command_id",
+        "events",
+        "is_sound",
+        "loaded",
+        "taken",
+        "used",
+        "versions",
+    )
 
     def __init__(self) -> None:
         self.loaded: dict[UUID, Aggregate | None] = {}
@@ -47,7 +57,8 @@ class Unit:
         self.versions: dict[UUID, int] = {}
         self.used: list[Aggregate | None] = []
         self.command_id = UUID(int=0)
-        self.fresh: set[UUID] = set()
+        self.taken: list[UUID] = []
+        self.based_on: dict[UUID, int] = {}
         self.is_sound = False
 
     def find(self, aggregate_type: type[A], aggregate_ids: Sequence[UUID]) -> list[A | None]:
@@ -93,6 +104,16 @@ class Repository(eventsourcing.application.Repository[UUID]):
     application that stands alone, without a runtime, `save` writes at once.
     """
 
+    def __init__(
+        self,
+        event_store: EventStore[UUID],
+        snapshot_store: EventStore[UUID] | None,
+        write: Callable[..., list[Recording[UUID]]],
+    ) -> None:
+        """Read from the stores; outside of a dispatch, save by `write`."""
+        super().__init__(event_store, snapshot_store=snapshot_store)
+        self._write = write
+
     def load(self, aggregate_type: type[A], aggregate_id: UUID) -> A:
         """Return an aggregate. Raises `AggregateNotFound`."""
         found = self.find(aggregate_type, aggregate_id)
@@ -122,12 +143,9 @@ class Repository(eventsourcing.application.Repository[UUID]):
         unit = current_unit.get()
         if unit is not None:
             return unit.save(aggregates)
-        alone = Unit()
-        alone.begin_command(uuid4())
-        receipt = alone.save(aggregates)
-        recordings = self.event_store.put(alone.events)
-        position = recordings[-1].notification.id if recordings else 0
-        return Receipt(receipt.command_id, receipt.aggregates, position)
+        versions = tuple((aggregate.id, aggregate.version) for aggregate in aggregates)
+        recordings = self._write(*aggregates)
+        return Receipt(uuid4(), versions, recordings[-1].notification.id if recordings else 0)
 
 
 class Service(Application[UUID]):
@@ -169,8 +187,11 @@ class Service(Application[UUID]):
         return repository
 
     def construct_env(self, name: str, env: EnvType | None = None) -> Environment:
-        """Read the given settings only."""
-        return Environment(name, {**type(self).env, **(env or {})})
+        """Read the class's and the given settings, and not the host's environment."""
+        settings = dict(type(self).env)
+        if self.is_snapshotting_enabled or self.snapshotting_intervals:
+            settings["IS_SNAPSHOTTING_ENABLED"] = "y"
+        return Environment(name, {**settings, **(env or {})})
 
     def construct_factory(self, env: Environment) -> InfrastructureFactory[Any]:
         """Use the runtime's store if there is one."""
@@ -184,7 +205,7 @@ class Service(Application[UUID]):
 
     def construct_repository(self) -> Repository:
         """Use the repository that knows of dispatches."""
-        return Repository(self.events, snapshot_store=self.snapshots)
+        return Repository(self.events, self.snapshots, self.save)
 
     def save(
         self,

@@ -36,6 +36,11 @@ class Writer:
             self._platform.spawn(self._drain())
         return await asyncio.shield(answer)
 
+    async def drain(self) -> None:
+        """Wait until all that was given is written, also what nobody waits for any more."""
+        while self._is_draining:
+            await self._platform.sleep(0.005)
+
     async def _drain(self) -> None:
         try:
             while self._waiting:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache, lru_cache
-from typing import Any, ClassVar, Self, TypeVar, cast, get_type_hints
+from typing import Any, ClassVar, Self, TypeVar, cast, get_origin, get_type_hints
 from uuid import NAMESPACE_URL, UUID, uuid5
 
 import eventsourcing.domain
@@ -42,8 +42,15 @@ class Snapshot(BaseModel, CanSnapshotAggregate[UUID]):
 
     @classmethod
     def take(cls, aggregate: Any) -> Self:
-        """Take the snapshot of an aggregate that has no pending events."""
+        """Take the snapshot of an aggregate that has no pending events.
+
+        Raises `TypeError` for an attribute without annotation, which would be lost.
+        """
         state = {k: v for k, v in vars(aggregate).items() if k not in _BASE_ATTRIBUTES}
+        unknown = state.keys() - _state_hints(cls.aggregate_type).keys()
+        if unknown:
+            msg = f"{cls.aggregate_type.__name__}: {sorted(unknown)} have no annotation"
+            raise TypeError(msg)
         return cls(
             originator_id=aggregate.id,
             originator_version=aggregate.version,
@@ -157,7 +164,16 @@ def _id_of(topic: str, key: str) -> UUID:
 
 
 @cache
+def _state_hints(aggregate_type: type[Aggregate]) -> dict[str, Any]:
+    of_every_aggregate = get_type_hints(Aggregate).keys()
+    return {
+        name: hint
+        for name, hint in get_type_hints(aggregate_type).items()
+        if get_origin(hint) is not ClassVar and name not in of_every_aggregate
+    }
+
+
+@cache
 def _state_adapter(aggregate_type: type[Aggregate]) -> TypeAdapter[dict[str, Any]]:
-    base = get_type_hints(Aggregate)
-    hints = {k: v for k, v in get_type_hints(aggregate_type).items() if k not in base}
+    hints = _state_hints(aggregate_type)
     return TypeAdapter(TypedDict(f"{aggregate_type.__name__}State", hints))  # type: ignore[operator]  # made at run time

@@ -35,7 +35,9 @@ class LeftfoldError(Exception):
 
     def facts(self) -> dict[str, object]:
         """Return the error's facts by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]  # every subclass is a dataclass, by __init_subclass__
+        if type(self) is LeftfoldError:  # alone is no dataclass: it has no facts
+            return {}
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]  # subclasses are
 
     def __str__(self) -> str:
         return self._message.format(**self.facts()) or type(self).__name__

@@ -70,13 +70,23 @@ class Event(BaseModel, CanMutateAggregate[UUID]):
         return {name: value for name, value in self.__dict__.items() if name not in ENVELOPE}
 
     def stamp(self, aggregate_id: UUID, version: int, recorded_at: datetime) -> None:
-        """Fill in the envelope, once, before anyone else sees the event."""
-        envelope = self.__dict__  # the model is frozen for everyone but its aggregate
+        """Fill in the envelope, before anyone else sees the event.
+
+        Raises `ValueError` the second time: an event is recorded once.
+        """
+        envelope = vars(self)  # the model is frozen for everyone but its aggregate
+        if envelope["originator_version"]:
+            msg = f"this {type(self).__name__} was recorded before"
+            raise ValueError(msg)
         envelope["originator_id"] = aggregate_id
         envelope["originator_version"] = version
         envelope["timestamp"] = recorded_at
         if envelope["occurred_at"] == WHEN_RECORDED:
             envelope["occurred_at"] = recorded_at
+
+    # Positional, so that each event may name its aggregate as it likes.
+    def apply(self, aggregate: Any, /) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Change the aggregate as the event says; nothing, unless a subclass overrides it."""
 
     def mutate(self, aggregate: TAggregate | None) -> TAggregate:
         """Apply the event to its aggregate, which must be at the version before.
@@ -94,7 +104,7 @@ class Event(BaseModel, CanMutateAggregate[UUID]):
         return cast("TAggregate", target)
 
 
-class Created(Event, CanInitAggregate[UUID]):
+class Created(Event, CanInitAggregate[UUID]):  # pyright: ignore[reportIncompatibleMethodOverride]  # see Event.apply
     """The first event of an aggregate; `apply` sets every attribute."""
 
     aggregate_type: ClassVar[type[Aggregate]]

@@ -15,7 +15,6 @@ from leftfold.domain.specification import Specification, attr
 
 MAX_SKU_LENGTH = 20  # characters
 MAX_PRICE_DECIMALS = 3
-PRICE_UNITS = 10**MAX_PRICE_DECIMALS  # that one pound has
 MAX_AMOUNT = 1_000_000_000  # of pieces in one movement, and of a unit price
 
 
@@ -176,7 +175,7 @@ class Item(
         occurred_at: datetime = WHEN_RECORDED,
     ) -> Item:
         """Begin an item. Raises `InvalidSku`, `InvalidName`, `InvalidPrice`, `InvalidStock`."""
-        if not 1 <= len(sku) <= MAX_SKU_LENGTH or not _is_text(sku):
+        if not 1 <= len(sku) <= MAX_SKU_LENGTH or not is_text(sku):
             raise InvalidSku(sku)
         for level in (opening_stock, reorder_level):
             if not 0 <= level <= MAX_AMOUNT:
@@ -270,13 +269,13 @@ class Item(
             raise InsufficientStock(self.sku, quantity, self.on_hand)
 
 
-def _is_text(text: str) -> bool:
-    """Tell whether databases can keep it: no NUL, no lone surrogate."""
+def is_text(text: str) -> bool:
+    """Tell whether databases can keep a text: no NUL, no half of a surrogate pair."""
     return "\0" not in text and text.encode("utf-8", "ignore").decode() == text
 
 
 def _valid_name(name: str) -> str:
-    if not name.strip() or not _is_text(name):
+    if not name.strip() or not is_text(name):
         raise InvalidName(name)
     return name
 
@@ -288,7 +287,11 @@ def _valid_quantity(quantity: int) -> int:
 
 
 def _valid_price(price: Decimal) -> Decimal:
-    if not price.is_finite() or not 0 <= price <= MAX_AMOUNT or price * PRICE_UNITS % 1:
+    if (
+        not price.is_finite()
+        or not 0 <= price <= MAX_AMOUNT
+        or price != round(price, MAX_PRICE_DECIMALS)
+    ):
         raise InvalidPrice(price)
     return price
 

@@ -135,7 +135,7 @@ def _ordered(compare: Callable[[Any, Any], object]) -> Callable[[object, object]
     return compare_two_valued
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # comparing attributes would make specifications
 class Compare(Specification[object]):
     """An attribute against a constant or against another attribute."""
 
@@ -151,6 +151,17 @@ class Compare(Specification[object]):
         ">": _ordered(operator.gt),
         ">=": _ordered(operator.ge),
     }
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Compare) and self._facts() == other._facts()
+
+    def __hash__(self) -> int:
+        return hash(self._facts())
+
+    def _facts(self) -> tuple[object, ...]:
+        is_attribute = isinstance(self.right, Attribute)
+        right = self.right.path if isinstance(self.right, Attribute) else self.right
+        return self.left.path, self.sign, is_attribute, type(right), right
 
     def is_satisfied_by(self, candidate: object) -> bool:
         """Tell whether the candidate meets it."""

@@ -79,7 +79,7 @@ class Follower(Generic[R]):
 
     async def run(self) -> None:
         """Follow the log until stopped, or until an event cannot be folded."""
-        pause = 0.0
+        pause, is_behind = 0.0, False
         while not self._is_stopping:
             self._hint.clear()
             try:

@@ -146,11 +146,11 @@ class _Import:
 
     async def _record(self, found: Survey) -> None:
         batches = self._batches()
-        batch = await self._platform.in_thread(next, batches, None)
+        batch = await self._platform.in_thread(_next, batches)
         while batch is not None:
             dispatched = self._platform.spawn(self._record_batch(found, batch))
             # Reading goes on while the database commits.
-            batch_after = await self._platform.in_thread(next, batches, None)
+            batch_after = await self._platform.in_thread(_next, batches)
             await dispatched
             batch = batch_after
             self._progress("importing", self._rows, found.rows)
@@ -219,6 +219,10 @@ class _Import:
             odd_rows=tuple(found.odd),
             refused=tuple(self._refused),
         )
+
+
+def _next(batches: Iterator[_Batch]) -> _Batch | None:
+    return next(batches, None)
 
 
 class _Batch:

@@ -28,12 +28,15 @@ def history_frame(history: Iterable[DomainEvent]) -> pd.DataFrame:
         for event in history
     ]
     columns = None if rows else ["version", "occurred_at", "event"]
-    return _pandas().DataFrame(rows, columns=columns).set_index("version")
+    frame: pd.DataFrame = _pandas().DataFrame(rows, columns=columns).set_index("version")
+    return frame
 
 
 def rows_frame(rows: Iterable[object]) -> pd.DataFrame:
     """Return one row a row of a view. Raises `MissingPackageError` without pandas."""
-    return _pandas().DataFrame([asdict(row) for row in rows])  # type: ignore[call-overload]  # rows are dataclasses
+    facts = [asdict(row) for row in rows]  # type: ignore[call-overload]  # rows are dataclasses
+    frame: pd.DataFrame = _pandas().DataFrame(facts)
+    return frame
 
 
 def _pandas() -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import random
 import time
 import uuid
@@ -42,8 +43,8 @@ class SystemPlatform:
 
     async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
         context = contextvars.copy_context()
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, context.run, function, *args)
+        call = functools.partial(context.run, function, *args)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         # An empty context: a task must not inherit the unit of the dispatch that began it.

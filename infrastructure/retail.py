@@ -22,7 +22,7 @@ from typing import IO, Literal, NamedTuple, cast
 
 from leftfold.application.items import InvoiceLine
 from leftfold.domain import Personal
-from leftfold.domain.items import MAX_AMOUNT, PRICE_UNITS
+from leftfold.domain.items import MAX_AMOUNT, MAX_PRICE_DECIMALS
 from leftfold.infrastructure.errors import InfrastructureError
 
 HEADER = (
@@ -264,7 +264,7 @@ def _price(text: str) -> tuple[Decimal, bool]:
     price = Decimal(text)
     if not price.is_finite():
         raise ValueError(text)
-    return price, 0 <= price <= MAX_AMOUNT and not price * PRICE_UNITS % 1
+    return price, 0 <= price <= MAX_AMOUNT and price == round(price, MAX_PRICE_DECIMALS)
 
 
 @lru_cache(maxsize=65_536)

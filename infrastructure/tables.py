@@ -22,7 +22,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.schema import CreateTable
 
-from leftfold.application import InvalidModelError, Projection
+from leftfold.application import InvalidModelError, Projection, ValidationFailed
 from leftfold.application.ports import Order, Seek
 from leftfold.infrastructure.errors import ValueOutOfRangeError
 
@@ -253,7 +253,8 @@ class ViewTable(Generic[R]):
         for index, decode in self._decoders:
             if fields[index] is not None:
                 fields[index] = decode(fields[index])
-        return self.projection.row(*fields)
+        row: R = self.projection.row(*fields)
+        return row
 
     def select(self, order: Order | None, limit: int | None, seek: Seek | None = None) -> Statement:
         """Return the query for member rows: the key, then the row's columns."""
@@ -289,7 +290,11 @@ class ViewTable(Generic[R]):
         index = self.projection.columns.index(name)
         for at, _, encode in self._encoders:
             if at == index:
-                return encode(value)
+                try:
+                    return encode(value)
+                except (ValueError, OverflowError):
+                    reason = (("cursor", "is not a cursor of this order"),)
+                    raise ValidationFailed(self.projection.name, reason) from None
         return value
 
     def _text(self, element: sa.schema.ExecutableDDLElement) -> str:

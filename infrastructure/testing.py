@@ -30,7 +30,9 @@ class Scenario(Generic[A]):
         with clock.clock(self._now):
             for example in events:
                 version = self._aggregate.version + 1 if self._aggregate else 1
-                event = example.model_copy()  # an example may be used in several scenarios
+                event = example.model_copy(
+                    update={"originator_version": 0}
+                )  # may serve several times
                 event.stamp(self._id, version, clock.now())
                 self._aggregate = event.mutate(self._aggregate)
         return self

@@ -76,7 +76,7 @@ def say(line: str) -> None:
 
 def complain(line: str) -> None:
     """Print a line to standard error."""
-    sys.stderr.write(f"leftfold: {line}\n")
+    sys.stderr.write(f"leftfold: {' '.join(line.split())}\n")
 
 
 @contextmanager

@@ -55,7 +55,7 @@ class MemoryLog(POPOProcessRecorder):
             position = len(self._stored_events) if save.events else 0
             positions.append(position)
             self._commands[save.command_id] = RecordedCommand(
-                save.command_id, save.aggregates, position, save.answer
+                save.command_id, save.command, save.aggregates, position, save.answer
             )
         return Committed(tuple(positions))
 

@@ -187,14 +187,16 @@ class PostgresLog(PostgresProcessRecorder):
     def commands(self, command_ids: Sequence[UUID]) -> dict[UUID, RecordedCommand]:
         with self.datastore.reading(binary=True) as cursor:
             cursor.execute(
-                "SELECT command_id, aggregates, position, answer FROM leftfold_commands "
+                "SELECT command_id, command, aggregates, position, answer FROM leftfold_commands "
                 "WHERE command_id = ANY(%s)",
                 (list(command_ids),),
                 prepare=True,
             )
             return {
-                command_id: RecordedCommand(command_id, _aggregates(aggregates), position, answer)
-                for command_id, aggregates, position, answer in cursor
+                command_id: RecordedCommand(
+                    command_id, command, _aggregates(aggregates), position, answer
+                )
+                for command_id, command, aggregates, position, answer in cursor
             }
 
     def read(self, after: int, limit: int, topics: Sequence[str] = ()) -> list[LoggedEvent]:
@@ -353,7 +355,7 @@ class PostgresViews:
         columns = ", ".join(f'"{name}"' for name in projection.columns)
         with self._database.reading() as cursor:
             cursor.execute(
-                f"SELECT key, {columns} FROM {projection.table} WHERE key = ANY(%s)",
+                f"SELECT key, {columns} FROM {projection.table} WHERE key = ANY(%s)".encode(),
                 (list(keys),),
                 prepare=True,
             )
@@ -382,9 +384,11 @@ class PostgresViews:
                 return False
             if changed:
                 document = self._adapters[projection.table].dump_json(changed).decode()
-                cursor.execute(table.upsert_json, (document,), prepare=True)
+                cursor.execute(table.upsert_json.encode(), (document,), prepare=True)
             if deleted:
-                cursor.execute(f"DELETE FROM {projection.table} WHERE key = ANY(%s)", (deleted,))
+                cursor.execute(
+                    f"DELETE FROM {projection.table} WHERE key = ANY(%s)".encode(), (deleted,)
+                )
         return True
 
     def get(self, projection: Projection[R], key: str) -> R | None:
@@ -401,7 +405,7 @@ class PostgresViews:
         table = self.table(projection)
         query = table.select(order, limit, seek)
         with self._database.reading() as cursor:
-            cursor.execute(query.sql, query.parameters)
+            cursor.execute(query.sql.encode(), query.parameters)
             return [(key, table.decode(values)) for key, *values in cursor]
 
 

@@ -200,13 +200,15 @@ class SQLiteLog(SQLiteProcessRecorder):
             for ids in _chunks([command_id.hex for command_id in command_ids]):
                 marks = ",".join("?" * len(ids))
                 cursor.execute(
-                    "SELECT command_id, aggregates, position, answer "
+                    "SELECT command_id, command, aggregates, position, answer "
                     f"FROM leftfold_commands WHERE command_id IN ({marks})",
                     ids,
                 )
-                for command_id, aggregates, position, answer in cursor:
+                for command_id, command, aggregates, position, answer in cursor:
                     key = UUID(command_id)
-                    found[key] = RecordedCommand(key, _aggregates(aggregates), position, answer)
+                    found[key] = RecordedCommand(
+                        key, command, _aggregates(aggregates), position, answer
+                    )
         return found
 
     def read(self, after: int, limit: int, topics: Sequence[str] = ()) -> list[LoggedEvent]:

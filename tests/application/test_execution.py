@@ -311,7 +311,6 @@ async def test_a_refusal_based_on_an_old_aggregate_is_not_believed(shops, sell):
     assert (await one.bus.dispatch(sell("A", 4))).is_ok()
 
 
-@pytest.mark.xfail(reason="_refuse asks for fresh versions only if nothing was recorded")
 async def test_a_refusal_of_a_later_line_on_an_old_aggregate_is_not_believed(shops, invoice):
     one, other = shops
     await one.register("A", stock=5)
@@ -410,7 +409,6 @@ async def test_an_answer_that_is_no_receipt_is_repeated_truly(shop):
     assert shop.on_hand("A") == 12
 
 
-@pytest.mark.xfail(reason="without saves the id is not looked up")
 async def test_a_repetition_that_would_now_write_nothing_gives_the_first_receipt(shop):
     await shop.register("A")
 
@@ -473,7 +471,6 @@ async def test_a_batch_takes_as_many_ids_as_commands(shop, sell, ids):
         await shop.bus.dispatch_all([sell("A")], command_ids=ids[:2])
 
 
-@pytest.mark.xfail(reason="both are handled and written")
 async def test_one_id_twice_in_a_batch_is_carried_out_once(shop, sell, ids):
     await shop.register("A")
     with suppress(Exception):  # refusing it as an error of the program is as good
@@ -481,7 +478,6 @@ async def test_one_id_twice_in_a_batch_is_carried_out_once(shop, sell, ids):
     assert shop.on_hand("A") in {9, 10}
 
 
-@pytest.mark.xfail(reason="known ids are not read again after Repeated: an endless loop")
 async def test_a_batch_notices_what_another_dispatch_has_just_carried_out(shop, sell, ids):
     await shop.register("A")
     gate, calls = asyncio.Event(), 0
@@ -505,7 +501,6 @@ async def test_a_batch_notices_what_another_dispatch_has_just_carried_out(shop, 
     assert shop.on_hand("A") == 10
 
 
-@pytest.mark.xfail(reason="_refuse answers for the refused part alone")
 async def test_a_batch_answers_each_command_though_one_was_just_carried_out(shop, ids):
     await shop.register("A", "B")
     gate = asyncio.Event()
@@ -552,7 +547,6 @@ async def test_draining_waits_for_what_is_under_way(shop):
     assert shop.on_hand("A") == 11
 
 
-@pytest.mark.xfail(reason="the drain's future is cancelled, and then set")
 async def test_a_drain_that_was_given_up_does_not_spoil_what_is_under_way(shop):
     await shop.register("A")
     gate = asyncio.Event()

@@ -175,7 +175,6 @@ def test_a_service_takes_snapshots_if_its_settings_say_so():
         assert snapshot.originator_version == 1
 
 
-@pytest.mark.xfail(reason="construct_env leaves out what the library reads from the class")
 def test_a_service_takes_snapshots_if_its_class_says_so():
     with SnapshottingItems() as items:
         assert items.snapshots is not None
@@ -255,7 +254,6 @@ def test_a_process_application_follows_the_items():
         assert tallies.of(item.id).sold == 5
 
 
-@pytest.mark.xfail(reason="Repository.save goes past Application._notify")
 def test_a_process_application_follows_the_handlers_of_the_service():
     with SingleThreadedRunner(System(pipes=[[Items, Tallies]])) as runner:
         runner.get(Items).register(register())

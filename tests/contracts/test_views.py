@@ -183,7 +183,7 @@ class ViewStoreContract:
             ("ratio", -1e308),
             ("ratio", 5e-324),
             ("text", ""),
-            ("text", "it's \"quoted\" `all` ways"),
+            ("text", 'it\'s "quoted" `all` ways'),
             ("text", "100 %s of 'a_b' \\ %(x)s {0} ? :name $1 --"),
             ("text", "Grüße, 茶 und 🫖\n\ttab"),
             ("text", "\u0001\u001f\u007f\u2028\ufeff"),
@@ -285,7 +285,11 @@ class ViewStoreContract:
     # Order
 
     def test_without_an_order_rows_come_by_key(self, views):
-        put(views, stock, {key: Stock("Cup", 1) for key in ("b", "B", "a", "ä", "Z", "_", "10", "9")})
+        put(
+            views,
+            stock,
+            {key: Stock("Cup", 1) for key in ("b", "B", "a", "ä", "Z", "_", "10", "9")},
+        )
         assert keys(views, stock) == ["10", "9", "B", "Z", "_", "a", "b", "ä"]
         assert keys(views, stock, limit=2) == ["10", "9"]
 
@@ -308,7 +312,11 @@ class ViewStoreContract:
         assert keys(views, stock, Order("price", descending=True)) == ["a", "c", "b", "d"]
 
     def test_ties_go_by_key_in_both_directions(self, views):
-        put(views, stock, {key: Stock("Cup", on_hand) for key, on_hand in zip("dbca", (1, 2, 1, 2), strict=True)})
+        put(
+            views,
+            stock,
+            {key: Stock("Cup", on_hand) for key, on_hand in zip("dbca", (1, 2, 1, 2), strict=True)},
+        )
         assert keys(views, stock, Order("on_hand")) == ["c", "d", "a", "b"]
         assert keys(views, stock, Order("on_hand", descending=True)) == ["a", "b", "c", "d"]
 

@@ -164,13 +164,11 @@ def test_an_aggregate_goes_on_after_its_snapshot(trip):
     assert (again.version, again.start) == (3, date(2026, 5, 3))
 
 
-@pytest.mark.xfail(reason="_state_adapter takes ClassVar for a field")
 def test_a_snapshot_leaves_class_variables_alone():
     note = Note.begin(NoteBegun(), key="N")
     assert Note.Snapshot.take(note).mutate(None).text == ""
 
 
-@pytest.mark.xfail(reason="what is not annotated is dropped")
 def test_an_attribute_without_an_annotation_is_not_lost_silently_in_a_snapshot():
     slip = Slip.begin(SlipBegun(), key="S")
     with pytest.raises(Exception, match="forgotten"):

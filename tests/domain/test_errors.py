@@ -82,7 +82,6 @@ def test_an_error_goes_through_a_context_manager():
     assert raised.value is SHORT
 
 
-@pytest.mark.xfail(reason="facts() asks dataclass fields of a class that is none")
 def test_the_root_of_the_tree_reads_as_its_name():
     assert str(LeftfoldError()) == "LeftfoldError"
 

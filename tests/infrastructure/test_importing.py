@@ -93,7 +93,7 @@ def test_a_row_is_one_event_with_the_invoices_time(shop):
             return sku, history
 
     sku, history = asyncio.run(run())
-    rows = [row for row in read_rows(shop) if row.code == sku and row.kind not in {"odd"}]
+    rows = [row for row in read_rows(shop) if row.code == sku and row.kind != "odd"]
     assert [e.payload["occurred_at"] for e in history[1:]] == [row.at for row in rows]
 
 

@@ -1,0 +1,161 @@
+"""The tables of a store, and what is found wrong with them at start."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from dataclasses import dataclass, replace
+
+import psycopg
+import pytest
+
+from leftfold.application import InvalidModelError, Projection
+from leftfold.application.items import GetItem, ItemRow, item_model, item_stock
+from leftfold.infrastructure import (
+    Runtime,
+    SchemaMissingError,
+    SchemaVersionError,
+    Settings,
+    StoreUnavailableError,
+    ViewChangedError,
+)
+from leftfold.infrastructure.items import open_items
+
+pytestmark = pytest.mark.anyio
+
+
+def execute(url, statement):
+    """Run one statement on the database itself."""
+    if url.startswith("sqlite"):
+        with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection, connection:
+            return connection.execute(statement).fetchall()
+    with psycopg.connect(url) as connection:
+        cursor = connection.execute(statement)
+        return cursor.fetchall() if cursor.description else []
+
+
+async def opens(runtime):
+    async with runtime:
+        pass
+
+
+def without_tables(url):
+    return open_items(settings=Settings(store=url, create_tables=False))
+
+
+async def test_an_empty_store_is_refused_where_no_tables_may_be_made(shared_url):
+    with pytest.raises(SchemaMissingError):
+        await opens(without_tables(shared_url))
+
+
+async def test_a_refused_store_is_left_without_tables(postgres_url):
+    with pytest.raises(SchemaMissingError):
+        await opens(without_tables(postgres_url))
+    count = "SELECT count(*) FROM information_schema.tables WHERE table_schema = 'public'"
+    assert execute(postgres_url, count) == [(0,)]
+
+
+async def test_a_refused_file_is_not_made(sqlite_url, tmp_path):
+    with pytest.raises(SchemaMissingError):
+        await opens(without_tables(sqlite_url))
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_file_without_tables_is_refused_where_none_may_be_made(sqlite_url):
+    execute(sqlite_url, "CREATE TABLE other (n)")
+    with pytest.raises(SchemaMissingError):
+        await opens(without_tables(sqlite_url))
+
+
+async def test_a_store_with_its_tables_opens_where_none_may_be_made(shared_url, register):
+    await opens(open_items(shared_url))
+    async with without_tables(shared_url) as shop:
+        assert (await shop.commands.dispatch(register())).is_ok()
+
+
+async def test_a_missing_view_is_refused_by_name_where_none_may_be_made(shared_url):
+    await opens(open_items(shared_url))
+    model = replace(item_model, projections=(*item_model.projections, names(ItemRow)))
+    settings = Settings(store=shared_url, create_tables=False)
+    with pytest.raises(SchemaMissingError) as refusal:
+        await opens(Runtime(model, settings=settings))
+    assert refusal.value.table == "names_v1"
+
+
+@pytest.mark.parametrize("create_tables", [True, False])
+async def test_another_schema_version_is_refused(shared_url, create_tables):
+    await opens(open_items(shared_url))
+    execute(shared_url, "UPDATE leftfold_schema SET version = 99")
+    with pytest.raises(SchemaVersionError) as refusal:
+        await opens(open_items(settings=Settings(store=shared_url, create_tables=create_tables)))
+    assert (refusal.value.found, refusal.value.needed) == (99, 1)
+
+
+async def test_a_changed_row_type_of_the_same_version_is_refused(shared_url):
+    @dataclass(frozen=True, slots=True)
+    class Other:
+        sku: str
+
+    await opens(Runtime(replace(item_model, projections=(names(ItemRow),)), shared_url))
+    with pytest.raises(ViewChangedError) as refusal:
+        await opens(Runtime(replace(item_model, projections=(names(Other),)), shared_url))
+    assert refusal.value.projection == "names_v1"
+
+
+async def test_a_new_version_of_a_view_begins_beside_the_old_one(shared_url, register):
+    again = Projection("item_stock", version=2, row=ItemRow)
+    again._evolve = item_stock._evolve
+    async with open_items(shared_url) as shop:
+        await shop.commands.dispatch(register("A", 10))
+        await shop.catch_up()
+    async with Runtime(replace(item_model, projections=(again,), queries=()), shared_url) as shop:
+        (await shop.catch_up()).unwrap()
+    rows = [execute(shared_url, f"SELECT sku FROM item_stock_v{n}") for n in (1, 2)]
+    assert rows == [[("A",)], [("A",)]]
+
+
+async def test_people_find_the_members_in_a_sql_view(shared_url, register):
+    async with open_items(shared_url) as shop:
+        receipt = (await shop.commands.dispatch(register("A", 10))).unwrap()
+        await shop.wait_for(receipt)
+    ((sku, price, on_hand),) = execute(
+        shared_url, "SELECT sku, unit_price, on_hand FROM item_stock"
+    )
+    assert (sku, float(price), on_hand) == ("A", 2.55, 10)
+
+
+async def test_a_row_type_that_has_no_columns_is_refused(store_url):
+    @dataclass(frozen=True, slots=True)
+    class Odd:
+        parts: list[str]
+
+    with pytest.raises(InvalidModelError):
+        await opens(Runtime(replace(item_model, projections=(names(Odd),)), store_url))
+
+
+async def test_a_store_that_cannot_be_opened_is_named(tmp_path):
+    (tmp_path / "no.db").write_text("this is no database, but some text of sufficient length " * 9)
+    urls = [
+        f"sqlite:///{tmp_path}",
+        f"sqlite:///{tmp_path / 'missing' / 'shop.db'}",
+        f"sqlite:///{tmp_path / 'no.db'}",
+        f"postgresql://postgres@/shop?host={tmp_path}",
+    ]
+    for url in urls:
+        with pytest.raises(StoreUnavailableError) as refusal:
+            await opens(open_items(url))
+        assert refusal.value.store == url
+
+
+async def test_a_store_that_could_not_be_opened_can_be_opened_later(tmp_path, register):
+    shop = open_items(f"sqlite:///{tmp_path / 'later' / 'shop.db'}")
+    with pytest.raises(StoreUnavailableError):
+        await opens(shop)
+    (tmp_path / "later").mkdir()
+    async with shop:
+        receipt = (await shop.commands.dispatch(register())).unwrap()
+        assert (await shop.queries.dispatch(GetItem(sku="A"), after=receipt)).is_ok()
+
+
+def names(row):
+    return Projection("names", version=1, row=row)
