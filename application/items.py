@@ -319,13 +319,22 @@ def _received(row: ItemRow | None, event: StockReceived) -> ItemRow:
 def _sold(row: ItemRow | None, event: StockSold) -> ItemRow:
     row = _begun(row)
     at = event.occurred_at
-    return replace(
-        row,
-        on_hand=row.on_hand - event.quantity,
-        units_sold=row.units_sold + event.quantity,
-        revenue=row.revenue + event.quantity * event.unit_price,
-        first_sale=at if row.first_sale is None or at < row.first_sale else row.first_sale,
-        last_sale=at if row.last_sale is None or at > row.last_sale else row.last_sale,
+    # Nearly every event is a sale: spelt out, this takes half the time of `replace`.
+    return ItemRow(
+        row.sku,
+        row.name,
+        row.unit_price,
+        row.reorder_level,
+        row.opening_stock,
+        row.on_hand - event.quantity,
+        row.units_sold + event.quantity,
+        row.units_returned,
+        row.units_written_off,
+        row.units_received,
+        row.revenue + event.quantity * event.unit_price,
+        at if row.first_sale is None or at < row.first_sale else row.first_sale,
+        at if row.last_sale is None or at > row.last_sale else row.last_sale,
+        row.discontinued,
     )
 
 

@@ -24,7 +24,7 @@ from leftfold.infrastructure.platform import SystemPlatform
 from leftfold.infrastructure.retail import Survey, line_of, read_runs, survey
 from leftfold.infrastructure.runtime import Runtime
 
-BATCH_ROWS = 4000
+BATCH_ROWS = 4_000
 """Rows after which a transaction is full; an invoice is never split."""
 CATCH_UP_TIMEOUT = 600.0
 """Seconds that the view may need for what is left after the last invoice."""

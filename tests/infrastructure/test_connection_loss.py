@@ -1,0 +1,229 @@
+"""When the database goes away: typed answers at all times, and recovery without help."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from contextlib import closing, contextmanager
+from time import monotonic
+
+import psycopg
+import pytest
+
+from leftfold.application import DispatchError, EventStoreUnavailable
+from leftfold.application.items import GetItem, ItemHistory
+from leftfold.domain import Err
+from leftfold.infrastructure import Settings
+from leftfold.infrastructure.items import open_items
+
+pytestmark = pytest.mark.anyio
+
+
+def terminate(url):
+    """Cut all connections to the database but our own; return how many there were."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        return connection.execute(
+            "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        ).fetchone()[0]
+
+
+async def until_ok(dispatch, seconds=10.0):
+    """Dispatch until it is answered `Ok`; each answer must be typed, and come in time."""
+    begun = monotonic()
+    while True:
+        outcome = await asyncio.wait_for(dispatch(), 10)
+        if outcome.is_ok():
+            return outcome.value
+        assert isinstance(outcome.error, DispatchError)
+        assert monotonic() - begun < seconds
+        await asyncio.sleep(0.02)
+
+
+async def test_commands_recover_by_themselves_after_all_connections_were_lost(
+    postgres_url, register, sell
+):
+    async with open_items(postgres_url) as shop:
+        await shop.commands.dispatch(register("A", 100))
+        sold = 0
+        for _ in range(3):
+            assert terminate(postgres_url) > 0
+            receipt = await until_ok(lambda: shop.commands.dispatch(sell("A")))
+            sold += 1
+        (await shop.wait_for(receipt, timeout=10)).unwrap()
+        row = await until_ok(lambda: shop.queries.dispatch(GetItem(sku="A"), after=receipt))
+        told = await until_ok(lambda: shop.queries.dispatch(ItemHistory(sku="A")))
+    assert (row.units_sold, len(told)) == (sold, sold + 1)
+
+
+async def test_queries_answer_typed_errors_or_rows_after_all_connections_were_lost(
+    postgres_url, register
+):
+    async with open_items(postgres_url) as shop:
+        receipt = (await shop.commands.dispatch(register("A", 100))).unwrap()
+        (await shop.wait_for(receipt)).unwrap()
+        terminate(postgres_url)
+        assert (await until_ok(lambda: shop.queries.dispatch(GetItem(sku="A")))).sku == "A"
+        terminate(postgres_url)
+        assert len(await until_ok(lambda: shop.queries.dispatch(ItemHistory(sku="A")))) == 1
+
+
+async def test_an_aggregate_that_must_be_read_gives_a_typed_error_while_connections_are_lost(
+    postgres_url, register, sell
+):
+    async with open_items(postgres_url) as shop:
+        await shop.commands.dispatch(register("A", 100))
+    async with open_items(postgres_url) as shop:
+        terminate(postgres_url)
+        await until_ok(lambda: shop.commands.dispatch(sell("A")))
+
+
+async def test_callers_at_once_are_all_answered_while_connections_are_lost(
+    postgres_url, register, sell
+):
+    async with open_items(postgres_url) as shop:
+        await shop.commands.dispatch(register("A", 10_000))
+        stop = asyncio.Event()
+        done = []
+
+        async def sells():
+            while not stop.is_set():
+                outcome = await asyncio.wait_for(shop.commands.dispatch(sell("A")), 10)
+                assert outcome.is_ok() or isinstance(outcome.error, DispatchError)
+                done.append(outcome.is_ok())
+                await asyncio.sleep(0)
+
+        callers = [asyncio.ensure_future(sells()) for _ in range(8)]
+        for _ in range(4):
+            await asyncio.sleep(0.1)
+            await asyncio.to_thread(terminate, postgres_url)
+        stop.set()
+        await asyncio.gather(*callers)
+        last = await until_ok(lambda: shop.commands.dispatch(sell("A")))
+        row = await until_ok(lambda: shop.queries.dispatch(GetItem(sku="A"), after=last))
+    assert row.units_sold >= sum(done) + 1
+
+
+async def test_a_runtime_hears_of_others_again_after_its_connections_were_lost(
+    postgres_url, register
+):
+    async with open_items(postgres_url) as shop:
+        terminate(postgres_url)
+        await until_ok(lambda: shop.commands.dispatch(register("A")))
+        (await shop.catch_up(10)).unwrap()
+        await asyncio.sleep(0.3)
+        async with open_items(postgres_url) as other:
+            receipt = (await other.commands.dispatch(register("B"))).unwrap()
+            begun = monotonic()
+            while shop.health().projections[0].position < receipt.position:
+                assert monotonic() - begun < 0.5
+                await asyncio.sleep(0.005)
+
+
+async def test_a_runtime_survives_a_restart_of_the_server(start_postgres, register, sell):
+    server = start_postgres()
+    settings = Settings(store=server.get_uri(), lock_timeout=1, command_timeout=8)
+    async with open_items(settings=settings) as shop:
+        await shop.commands.dispatch(register("A", 100))
+        await shop.commands.dispatch(register("B", 100))
+        await asyncio.to_thread(server.stop)
+        for message in (sell("A"), sell("C")):
+            outcome = await asyncio.wait_for(shop.commands.dispatch(message), 9)
+            assert isinstance(outcome.error, DispatchError)
+        answer = await asyncio.wait_for(shop.queries.dispatch(GetItem(sku="A")), 9)
+        assert isinstance(answer, Err)
+        await asyncio.to_thread(server.ensure_postgres_running)
+        receipt = await until_ok(lambda: shop.commands.dispatch(sell("A")), 15)
+        (await shop.wait_for(receipt, timeout=15)).unwrap()
+        row = await until_ok(lambda: shop.queries.dispatch(GetItem(sku="A")))
+    assert row.units_sold >= 1
+
+
+async def test_a_runtime_closes_in_time_while_the_server_is_away(start_postgres, register):
+    server = start_postgres()
+    async with open_items(server.get_uri()) as shop:
+        await shop.commands.dispatch(register("A", 100))
+        await asyncio.to_thread(server.stop)
+        begun = monotonic()
+    assert monotonic() - begun < 12
+
+
+@contextmanager
+def locked(url):
+    """Hold the lock that a writer needs."""
+    if url.startswith("sqlite"):
+        path = url.removeprefix("sqlite:///")
+        with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            yield
+            connection.rollback()
+    else:
+        with psycopg.connect(url) as connection:
+            connection.execute("LOCK TABLE stored_events IN EXCLUSIVE MODE")
+            yield
+            connection.rollback()
+
+
+async def test_a_writer_waits_for_the_lock_no_longer_than_it_may(shared_url, register, sell):
+    async with open_items(settings=Settings(store=shared_url, lock_timeout=1)) as shop:
+        await shop.commands.dispatch(register("A", 100))
+        (await shop.catch_up()).unwrap()
+        with locked(shared_url):
+            begun = monotonic()
+            outcome = await asyncio.wait_for(shop.commands.dispatch(sell("A")), 10)
+            assert monotonic() - begun < 4
+        assert isinstance(outcome, Err)
+        assert isinstance(outcome.error, EventStoreUnavailable)
+        assert (await shop.commands.dispatch(sell("A"))).is_ok()
+
+
+async def test_a_writer_waits_for_a_lock_that_is_held_for_a_moment(shared_url, register, sell):
+    async with open_items(shared_url) as shop:
+        await shop.commands.dispatch(register("A", 100))
+        with locked(shared_url):
+            waiting = asyncio.ensure_future(shop.commands.dispatch(sell("A")))
+            await asyncio.sleep(0.3)
+            assert not waiting.done()
+        assert (await waiting).is_ok()
+
+
+async def test_a_full_disk_refuses_commands_and_harms_nothing(sqlite_url, start):
+    script = """
+        import resource
+
+        def limit(size):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+        async def main():
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            path = url.removeprefix("sqlite:///")
+            async with open_items(url) as shop:
+                await shop.commands.dispatch(register())
+                (await shop.catch_up()).unwrap()
+                limit(max(os.path.getsize(path + end) for end in ("", "-wal")))
+                for _ in range(2):
+                    say(type((await shop.commands.dispatch(sell())).error).__name__)
+                limit(resource.RLIM_INFINITY)
+                receipt = (await shop.commands.dispatch(sell())).unwrap()
+                row = (await shop.queries.dispatch(GetItem(sku="A"), after=receipt)).unwrap()
+                say(row.units_sold)
+
+        asyncio.run(main())
+    """
+    child = start(script, sqlite_url)
+    assert [child.says() for _ in range(3)] == [*["EventStoreUnavailable"] * 2, "1"]
+
+
+async def test_what_a_url_says_beside_the_address_holds_for_every_connection(
+    postgres_url, register
+):
+    url = f"{postgres_url}&application_name=shop-7&options=-c%20work_mem%3D12MB"
+    async with open_items(url) as shop:
+        receipt = (await shop.commands.dispatch(register("A"))).unwrap()
+        (await shop.wait_for(receipt)).unwrap()
+        with psycopg.connect(postgres_url, autocommit=True) as connection:
+            names = connection.execute(
+                "SELECT DISTINCT application_name FROM pg_stat_activity "
+                "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            ).fetchall()
+    assert names == [("shop-7",)]

@@ -1,0 +1,326 @@
+"""Following the log, page by page, whatever comes in between."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from time import monotonic
+from uuid import uuid4
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from leftfold.application import Projection, Receipt, ViewBehind
+from leftfold.application.items import (
+    FindItems,
+    GetItem,
+    ItemRow,
+    RegisterItem,
+    SellStock,
+    item_model,
+    item_stock,
+)
+from leftfold.domain import Err, attr
+from leftfold.domain.items import ItemRegistered, ItemRenamed, StockReceived, StockSold
+from leftfold.infrastructure import Runtime, Settings
+from leftfold.infrastructure.follower import Follower
+from leftfold.infrastructure.items import open_items
+from leftfold.infrastructure.platform import SystemPlatform
+from leftfold.infrastructure.settings import load_settings
+from leftfold.infrastructure.stores import make_store
+
+pytestmark = pytest.mark.anyio
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    country: str
+    sold: int
+    sales: int
+
+
+def flows():
+    """A view whose rows are fed by many aggregates, come to be hidden, and are deleted."""
+    flow = Projection(
+        "flows",
+        version=1,
+        row=Flow,
+        specification=attr("sold") > 2,
+        key=lambda event: event.country,
+    )
+
+    @flow.on(StockSold)
+    def sold(row, event):
+        row = row or Flow(event.country, 0, 0)
+        row = replace(row, sold=row.sold + event.quantity, sales=row.sales + 1)
+        return None if row.sold % 7 == 0 else row
+
+    return flow
+
+
+def counting(name="counts", fails_on=None):
+    """A view that counts events by aggregate, and may raise."""
+    counts = Projection(name, version=1, row=Flow)
+
+    def count(row, event):
+        if fails_on is not None and isinstance(event, fails_on):
+            raise ZeroDivisionError("a bug in the projection")  # noqa: TRY003
+        return Flow("", 0, (row.sales if row else 0) + 1)
+
+    for event_type in (ItemRegistered, ItemRenamed, StockSold, StockReceived):
+        counts.on(event_type)(count)
+    return counts
+
+
+@asynccontextmanager
+async def opened(url, *projections, **options):
+    model = replace(item_model, projections=(item_stock, *projections))
+    async with Runtime(model, settings=Settings(store=url, **options)) as shop:
+        yield shop
+
+
+# Failing projections --------------------------------------------------------------------------
+
+
+async def test_a_projection_that_raises_stops_and_health_says_why(store_url, register, sell):
+    async with opened(store_url, counting(fails_on=StockSold)) as shop:
+        written = (await shop.commands.dispatch(register("A", 10))).unwrap()
+        (await shop.wait_for(written)).unwrap()
+        assert shop.health().is_healthy
+        sold = (await shop.commands.dispatch(sell("A"))).unwrap()
+        assert not (await shop.wait_for(sold)).is_ok()
+        healthy, failed = shop.health().projections
+        assert not shop.health().is_healthy
+    assert healthy.failure is None
+    assert failed.failure == (
+        "projection counts_v1 stopped: ZeroDivisionError: a bug in the projection"
+    )
+    assert failed.position == written.position
+
+
+async def test_other_things_go_on_beside_a_projection_that_stopped(store_url, register, sell):
+    async with opened(store_url, counting(fails_on=ItemRegistered)) as shop:
+        await shop.commands.dispatch(register("A", 10))
+        for _ in range(3):
+            sold = (await shop.commands.dispatch(sell("A"))).unwrap()
+            row = (await shop.queries.dispatch(GetItem(sku="A"), after=sold)).unwrap()
+        assert row.on_hand == 7
+        assert (await shop.wait_for(sold, ["item_stock"])).is_ok()
+
+
+async def test_waiting_for_a_projection_that_stopped_ends_at_once(store_url, register, sell):
+    async with opened(store_url, counting(fails_on=StockSold), view_timeout=6) as shop:
+        await shop.commands.dispatch(register("A", 10))
+        sold = (await shop.commands.dispatch(sell("A"))).unwrap()
+        for _ in range(2):  # while it stops, and after it stopped
+            begun = monotonic()
+            answer = await shop.wait_for(sold)
+            assert monotonic() - begun < 2
+            assert isinstance(answer, Err)
+            assert (answer.error.projection, answer.error.wanted) == ("counts", sold.position)
+
+
+async def test_a_stopped_projection_goes_on_where_it_was_once_it_is_mended(
+    shared_url, register, sell
+):
+    async with opened(shared_url, counting(fails_on=StockSold)) as shop:
+        await shop.commands.dispatch(register("A", 10))
+        sold = (await shop.commands.dispatch(sell("A"))).unwrap()
+        await shop.wait_for(sold)
+    async with opened(shared_url, counting()) as shop:
+        (await shop.wait_for(sold)).unwrap()
+        rows = dict(shop._store.views.select(shop.model.projections[1], None, None))
+    assert [row.sales for row in rows.values()] == [2]
+
+
+async def test_a_row_that_cannot_be_kept_stops_its_projection(store_url, register):
+    @dataclass(frozen=True, slots=True)
+    class Share:
+        share: Decimal
+
+    thirds = Projection("thirds", version=1, row=Share)
+    thirds.on(ItemRegistered)(lambda _, event: Share(event.unit_price / 7))
+    async with opened(store_url, thirds) as shop:
+        written = (await shop.commands.dispatch(register("A", 10))).unwrap()
+        begun = monotonic()
+        assert isinstance(await shop.wait_for(written), Err)
+        assert monotonic() - begun < 2
+        assert "thirds" in (shop.health().projections[1].failure or "")
+        assert (await shop.wait_for(written, ["item_stock"])).is_ok()
+
+
+async def test_a_row_with_none_where_none_is_not_foreseen_stops_its_projection(
+    store_url, register
+):
+    nameless = Projection("nameless", version=1, row=Flow)
+    nameless.on(ItemRegistered)(lambda _, event: Flow(event.sku, None, 0))
+    async with opened(store_url, nameless) as shop:
+        written = (await shop.commands.dispatch(register("A", 10))).unwrap()
+        assert isinstance(await shop.wait_for(written, timeout=1), Err)
+        assert "nameless" in (shop.health().projections[1].failure or "")
+
+
+# Pages ----------------------------------------------------------------------------------------
+
+
+MOVES = st.lists(
+    st.tuples(
+        st.sampled_from(["A", "B"]), st.sampled_from(["UK", "DE", "FR"]), st.integers(1, 4)
+    ),
+    max_size=14,
+)
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 3, 7])
+async def test_small_pages_give_the_same_view_as_large_ones(store_url, register, sell, page_size):
+    flow = flows()
+    settings = Settings(store=store_url, page_size=page_size)
+    model = replace(item_model, projections=(flow, item_stock))
+    runtime = Runtime(model, settings=settings)
+    async with runtime as shop:
+        await shop.commands.dispatch_all([register("A", 1_000), register("B", 1_000)])
+        for n in range(6):
+            sales = [
+                sell("AB"[k % 2], 1 + k % 3).model_copy(update={"country": f"C{k % 4}"})
+                for k in range(n, n + 5)
+            ]
+            (await shop.commands.dispatch_all(sales)).unwrap()
+        (await shop.catch_up()).unwrap()
+        views, log, mapper = shop._store.views, shop._store.log, shop._make_mapper()
+        events = [mapper.decode(*event[1:]) for event in log.read(0, 5_000)]
+        for projection in (flow, item_stock):
+            folded = projection.fold(events, lambda _: {})
+            expected = {key: row for key, row in folded.items() if row is not None}
+            assert views.load(projection, list(folded)) == expected
+            shown = {key: row for key, row in expected.items() if projection.shows(row)}
+            assert dict(views.select(projection, None, None)) == shown
+    assert len(events) == 32
+
+
+@given(st.lists(MOVES, max_size=3), st.integers(1, 5), st.integers(1, 5))
+@settings(
+    max_examples=20,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_two_followers_in_any_turn_fold_each_event_once(store_url, bursts, one_size, other_size):
+    """Two followers of one view take turns on a log that grows in between."""
+    asyncio.run(_take_turns(store_url, bursts, one_size, other_size))
+
+
+async def _take_turns(store_url, bursts, one_size, other_size):
+    async with open_items(store_url) as shop:
+        store, mapper = shop._store, shop._make_mapper()
+        flow, platform = flows(), SystemPlatform()
+        second = make_store(shop.settings) if store_url != "memory:" else store
+        second.open((flow,), create_tables=True)
+        try:
+            begun = store.log.head()
+            second.views.write(flow, {}, second.views.checkpoint(flow), begun)
+            second.views.write(flow, dict.fromkeys(("UK", "DE", "FR")), begun, begun)
+            followers = [
+                Follower(flow, second.log, second.views, mapper, platform, size)
+                for size in (one_size, other_size)
+            ]
+            for sku in ("A", "B"):
+                await shop.commands.dispatch(
+                    RegisterItem(sku=sku, name="x", unit_price=1, opening_stock=10**6)
+                )
+            for moves in bursts:
+                sales = [
+                    SellStock(sku=sku, quantity=n, invoice="1", country=country)
+                    for sku, country, n in moves
+                ]
+                if sales:
+                    (await shop.commands.dispatch_all(sales)).unwrap()
+                for follower in followers:
+                    await asyncio.to_thread(follower.fold_page)
+            while any([await asyncio.to_thread(f.fold_page) for f in followers]):
+                pass
+            events = [mapper.decode(*event[1:]) for event in store.log.read(begun, 5_000)]
+            folded = flow.fold(events, lambda _: {})
+            expected = {key: row for key, row in folded.items() if row is not None}
+            assert second.views.load(flow, ["UK", "DE", "FR"]) == expected
+        finally:
+            platform.close()
+            if second is not store:
+                second.close()
+
+
+async def test_a_page_that_comes_too_late_is_folded_again_from_the_new_rows(
+    shared_url, register, sell
+):
+    async with open_items(shared_url) as shop:
+        await shop.commands.dispatch(register("A", 100))
+        (await shop.catch_up()).unwrap()
+        late = shop._followers["item_stock_v1"]
+        await shop.commands.dispatch(sell("A", 1))
+        (await shop.catch_up()).unwrap()
+        views = shop._store.views
+        genuine, raced = views.write, []
+
+        def write(projection, rows, expected, position):
+            if not raced:
+                raced.append(genuine(projection, rows, expected, position))
+            return genuine(projection, rows, expected, position)
+
+        views.write = write  # another process is first, by a hair
+        receipt = (await shop.commands.dispatch(sell("A", 1))).unwrap()
+        (await shop.wait_for(receipt)).unwrap()
+        row = (await shop.queries.dispatch(GetItem(sku="A"))).unwrap()
+        assert (raced, row.units_sold, late.failure) == ([True], 2, None)
+
+
+async def test_events_of_other_kinds_move_the_checkpoint_too(store_url, register, receive):
+    async with opened(store_url, flows()) as shop:
+        await shop.commands.dispatch(register("A", 1))
+        received = (await shop.commands.dispatch(receive("A", 1))).unwrap()
+        (await shop.wait_for(received, ["flows"])).unwrap()
+        assert shop.health().projections[1].position == received.position
+
+
+async def test_a_new_view_is_filled_from_the_beginning(shared_url, register, sell):
+    async with open_items(shared_url) as shop:
+        await shop.commands.dispatch(register("A", 1_000))
+        for _ in range(4):
+            (await shop.commands.dispatch_all([sell("A") for _ in range(50)])).unwrap()
+    async with opened(shared_url, counting(), page_size=17) as shop:
+        (await shop.catch_up()).unwrap()
+        rows = dict(shop._store.views.select(shop.model.projections[1], None, None))
+    assert [row.sales for row in rows.values()] == [201]
+
+
+async def test_rows_that_a_page_deletes_can_come_again(store_url, register, sell):
+    flow = flows()
+    async with opened(store_url, flow) as shop:
+        await shop.commands.dispatch(register("A", 1_000))
+        seen = []
+        for quantity in (3, 4, 5):
+            sold = sell("A", quantity).model_copy(update={"country": "UK"})
+            receipt = (await shop.commands.dispatch(sold)).unwrap()
+            (await shop.wait_for(receipt)).unwrap()
+            seen.append(shop._store.views.get(flow, "UK"))
+    assert seen == [Flow("UK", 3, 1), None, Flow("UK", 5, 1)]
+
+
+async def test_views_of_one_runtime_follow_independently(store_url, register):
+    others = [counting(f"count_{n}") for n in range(8)]
+    async with opened(store_url, *others) as shop:
+        receipt = (await shop.commands.dispatch(register("A", 1))).unwrap()
+        (await shop.wait_for(receipt)).unwrap()
+        assert {p.position for p in shop.health().projections} == {receipt.position}
+        page = (await shop.queries.dispatch(FindItems())).unwrap()
+    assert isinstance(page.rows[0], ItemRow)
+
+
+async def test_a_wait_that_ends_leaves_other_waits_alone(store_url, register):
+    async with open_items(store_url) as shop:
+        ahead = Receipt(uuid4(), (), 1)
+        short = asyncio.ensure_future(shop.wait_for(ahead, timeout=0.05))
+        long = asyncio.ensure_future(shop.wait_for(ahead, timeout=10))
+        assert await short == Err(ViewBehind("item_stock", 0, 1))
+        await shop.commands.dispatch(register("A", 1))
+        assert (await long).is_ok()
