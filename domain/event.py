@@ -81,8 +81,11 @@ class Event(BaseModel, CanMutateAggregate[UUID]):
         envelope["originator_id"] = aggregate_id
         envelope["originator_version"] = version
         envelope["timestamp"] = recorded_at
-        if envelope["occurred_at"] == WHEN_RECORDED:
+        occurred_at: datetime = envelope["occurred_at"]
+        if occurred_at == WHEN_RECORDED:
             envelope["occurred_at"] = recorded_at
+        elif occurred_at.tzinfo is not UTC:
+            envelope["occurred_at"] = occurred_at.astimezone(UTC)
 
     # Positional, so that each event may name its aggregate as it likes.
     def apply(self, aggregate: Any, /) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -82,6 +82,7 @@ class BlockingRuntime:
         self.runtime = runtime
         self.commands = BlockingCommands(self)
         self.queries = BlockingQueries(self)
+        self._owner = os.getpid()
         self._stack: ExitStack | None = None
         self._portal: BlockingPortal | None = None
 
@@ -104,12 +105,14 @@ class BlockingRuntime:
 
     def call(self, function: Callable[[], Awaitable[T]]) -> T:
         """Await on the runtime's loop what a function returns. Raises `NotRunningError`."""
+        _ = self.runtime.commands  # raises in a child process, where the loop's thread is not
         if self._portal is None:
             raise NotRunningError
         return self._portal.call(function)
 
     def __enter__(self) -> Self:
-        """Open the runtime; raises what `Runtime.__aenter__` does."""
+        """Open the runtime; raises what `Runtime.open` does."""
+        self._owner = os.getpid()
         with ExitStack() as stack:
             self._portal = stack.enter_context(start_blocking_portal())
             stack.enter_context(self._portal.wrap_async_context_manager(self.runtime))
@@ -124,6 +127,8 @@ class BlockingRuntime:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if os.getpid() != self._owner:
+            return  # a child by fork: the loop's thread is the parent's
         self._release_sigterm()
         if self._stack is not None:
             stack, self._stack = self._stack, None

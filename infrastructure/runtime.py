@@ -103,6 +103,7 @@ class Runtime:
         self._commands: CommandBus | None = None
         self._queries: QueryBus | None = None
         self._owner = os.getpid()
+        self._dying: asyncio.Task[None] | None = None
 
     @property
     def commands(self) -> CommandBus:
@@ -216,6 +217,10 @@ class Runtime:
 
     async def close(self) -> None:
         """Finish the commands and pages under way, refuse new ones, and close the store."""
+        if os.getpid() != self._owner:
+            return  # a child by fork: the store is the parent's to close
+        if self._dying is not None and asyncio.current_task() is not self._dying:
+            await asyncio.shield(self._dying)  # the signal ends the process
         if self._commands is None:
             return
         await self._execution.drain()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
-from urllib.parse import urlsplit
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -40,20 +39,24 @@ class Settings(BaseSettings):
     drain_on_sigterm: bool = True
     """On SIGTERM finish what is under way, then let the signal end the process."""
 
+    def __init__(self, **values: Any) -> None:
+        """Read arguments, then the environment. Raises `InvalidSettingsError`, showing no value."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            fault = error.errors(include_url=False, include_input=False)[0]
+            name = ".".join(map(str, fault["loc"]))
+            raise InvalidSettingsError(name, fault["msg"]) from None
+
 
 def load_settings(**arguments: object) -> Settings:
-    """Read the settings. Raises `InvalidSettingsError`, which never shows a value."""
-    given = {name: value for name, value in arguments.items() if value is not None}
-    try:
-        return Settings(**given)  # type: ignore[arg-type]  # pydantic checks what callers passed
-    except ValidationError as error:
-        fault = error.errors(include_url=False, include_input=False)[0]
-        name = ".".join(map(str, fault["loc"]))
-        raise InvalidSettingsError(name, fault["msg"]) from None
+    """Read the settings; an argument of None is not given. Raises `InvalidSettingsError`."""
+    return Settings(**{name: value for name, value in arguments.items() if value is not None})
 
 
 def masked(url: str) -> str:
-    """Return a store's URL with its password hidden."""
-    password = urlsplit(url).password
-    hidden = url.replace(f":{password}@", ":***@", 1) if password else url
+    """Return a store's URL with its password hidden; rather too much than too little."""
+    if url.startswith("sqlite:"):
+        return url
+    hidden = re.sub(r"^(\w+(?::/*|/+))([^:/@?#]*):(.*)@", r"\1\2:***@", url, flags=re.DOTALL)
     return re.sub(r"(password=)[^&\s]+", r"\1***", hidden)

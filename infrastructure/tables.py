@@ -6,35 +6,39 @@ library's own connections, so that events, rows and checkpoints share one transa
 
 from __future__ import annotations
 
-import types
-import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from enum import Enum
 from functools import cached_property
-from operator import attrgetter
 from typing import Any, Generic, TypeVar
 from uuid import UUID
 
 import sqlalchemy as sa
+from pydantic_core import to_json
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.schema import CreateTable
 
-from leftfold.application import InvalidModelError, Projection, ValidationFailed
+from leftfold.application import Projection, ValidationFailed
 from leftfold.application.ports import Order, Seek
 from leftfold.infrastructure.errors import ValueOutOfRangeError
+from leftfold.infrastructure.rows import (
+    CHECKS,
+    DECIMALS,
+    Column,
+    RowShape,
+    aware,
+    scaled,
+)
 
 R = TypeVar("R")
 
-SCALE = 6  # decimals that a Decimal column keeps
-MAX_INTEGER = 2**63 - 1
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
 
 SQLITE: sa.Dialect = sqlite.dialect(paramstyle="named")
-POSTGRES: sa.Dialect = postgresql.dialect(paramstyle="pyformat")  # type: ignore[no-untyped-call]  # see above
+POSTGRES: sa.Dialect = postgresql.dialect(paramstyle="pyformat")  # type: ignore[no-untyped-call]  # SQLAlchemy leaves it untyped
 
 
 @dataclass(frozen=True)
@@ -47,51 +51,25 @@ class Statement:
 
 @dataclass(frozen=True)
 class _Kind:
-    """How values of a Python type are kept: a column type, and the ways in and out.
+    """How values of a Python type are kept: the column's type, the way out, the way people see it.
 
-    `None` for a way means that the driver's own is right.
+    `None` means that the driver's own is right.
     """
 
     column: sa.types.TypeEngine[Any]
-    encode: Callable[[Any], object] | None = None
     decode: Callable[[Any], object] | None = None
     display: Callable[[sa.ColumnElement[Any]], sa.ColumnElement[Any]] | None = None
 
 
-def scaled(value: Decimal) -> int:
-    """Return a Decimal as a whole number of millionths. Raises `ValueError` if that loses some."""
-    number = value.scaleb(SCALE) if value.is_finite() else value
-    whole = int(number)
-    if whole != number:
-        msg = f"more than {SCALE} decimals"
-        raise ValueError(msg)
-    return _bounded(whole)
-
-
 def unscaled(number: int) -> Decimal:
     """Return the Decimal of a whole number of millionths, with no needless zeros."""
-    value = Decimal(number).scaleb(-SCALE).normalize()
+    value = Decimal(number).scaleb(-DECIMALS).normalize()
     return value if value.as_tuple().exponent <= 0 else value.quantize(Decimal(1))  # type: ignore[operator]  # finite, so a number
 
 
-def _bounded(number: int) -> int:
-    if not -MAX_INTEGER <= number <= MAX_INTEGER:
-        msg = "too large"
-        raise ValueError(msg)
-    return number
-
-
-def _exact(value: Decimal) -> Decimal:
-    scaled(value)
-    return value
-
-
-def _storable(text: str) -> str:
-    if "\0" in text:
-        msg = "holds a NUL character"
-        raise ValueError(msg)
-    text.encode()
-    return text
+def microseconds(moment: datetime) -> int:
+    """Return a moment as microseconds since 1970 (UTC). Raises `ValueError` without a zone."""
+    return (aware(moment) - EPOCH) // MICROSECOND
 
 
 def _iso_time(column: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
@@ -102,53 +80,40 @@ def _iso_time(column: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
     )
 
 
-_SQLITE_KINDS: dict[type, _Kind] = {
-    int: _Kind(sa.BigInteger(), _bounded),
+_SQLITE_ENCODERS: Mapping[type, Callable[[Any], Any]] = {
+    **CHECKS,
+    Decimal: scaled,
+    datetime: microseconds,
+    date: date.isoformat,
+    UUID: lambda value: value.hex,
+}
+_SQLITE_KINDS: Mapping[type, _Kind] = {
+    int: _Kind(sa.BigInteger()),
     Decimal: _Kind(
-        sa.BigInteger(), scaled, unscaled, lambda column: column / sa.literal_column("1000000.0")
+        sa.BigInteger(), unscaled, lambda column: column / sa.literal_column("1000000.0")
     ),
     float: _Kind(sa.Float()),
-    str: _Kind(sa.Text(), _storable),
-    bool: _Kind(sa.Boolean(), None, bool),
-    datetime: _Kind(
-        sa.BigInteger(),
-        lambda at: (at - EPOCH) // MICROSECOND,
-        lambda n: EPOCH + timedelta(microseconds=n),
-        _iso_time,
-    ),
-    date: _Kind(sa.Text(), date.isoformat, date.fromisoformat),
-    UUID: _Kind(sa.Text(), lambda value: value.hex, UUID),
+    str: _Kind(sa.Text()),
+    bool: _Kind(sa.Boolean(), bool),
+    datetime: _Kind(sa.BigInteger(), lambda n: EPOCH + timedelta(microseconds=n), _iso_time),
+    date: _Kind(sa.Text(), date.fromisoformat),
+    UUID: _Kind(sa.Text(), UUID),
 }
-_POSTGRES_KINDS: dict[type, _Kind] = {
-    int: _Kind(sa.BigInteger(), _bounded),
-    Decimal: _Kind(sa.Numeric(), _exact),
+_POSTGRES_ENCODERS: Mapping[type, Callable[[Any], Any]] = {
+    **CHECKS,
+    # JSON has no room for the seconds of an offset, which old local times have.
+    datetime: lambda moment: aware(moment).astimezone(UTC),
+}
+_POSTGRES_KINDS: Mapping[type, _Kind] = {
+    int: _Kind(sa.BigInteger()),
+    Decimal: _Kind(sa.Numeric()),
     float: _Kind(sa.Double()),
-    str: _Kind(sa.Text(collation="C"), _storable),
+    str: _Kind(sa.Text(collation="C")),
     bool: _Kind(sa.Boolean()),
-    datetime: _Kind(sa.DateTime(timezone=True), None, lambda at: at.astimezone(UTC)),
+    datetime: _Kind(sa.DateTime(timezone=True), lambda at: at.astimezone(UTC)),
     date: _Kind(sa.Date()),
     UUID: _Kind(sa.Uuid()),
 }
-
-
-def _kind_of(
-    projection: Projection[Any], name: str, hint: Any, kinds: dict[type, _Kind]
-) -> tuple[_Kind, bool]:
-    options = (
-        typing.get_args(hint)
-        if typing.get_origin(hint) in {typing.Union, types.UnionType}
-        else (hint,)
-    )
-    plain = [option for option in options if option is not types.NoneType]
-    if len(plain) == 1 and isinstance(plain[0], type):
-        (python_type,) = plain
-        if issubclass(python_type, Enum):
-            kind = _Kind(kinds[str].column, lambda member: member.value, python_type)
-            return kind, len(options) > 1
-        if python_type in kinds:
-            return kinds[python_type], len(options) > 1
-    msg = f"projection {projection.name}: no column type for {name}: {hint}"
-    raise InvalidModelError(msg)
 
 
 class ViewTable(Generic[R]):
@@ -159,39 +124,28 @@ class ViewTable(Generic[R]):
 
     def __init__(self, projection: Projection[R], dialect: sa.Dialect) -> None:
         """Derive the table from the projection's row type."""
+        is_sqlite = dialect is SQLITE
+        kinds = _SQLITE_KINDS if is_sqlite else _POSTGRES_KINDS
         self.projection = projection
         self.dialect = dialect
-        kinds = _SQLITE_KINDS if dialect is SQLITE else _POSTGRES_KINDS
-        key = sa.Column(
-            "key", sa.Text(collation=None if dialect is SQLITE else "C"), primary_key=True
-        )
-        columns = []
-        self._decoders: list[tuple[int, Callable[[Any], object]]] = []
-        self._encoders: list[tuple[int, str, Callable[[Any], object]]] = []
+        self._shape = RowShape(projection, _SQLITE_ENCODERS if is_sqlite else _POSTGRES_ENCODERS)
+        key = sa.Column("key", sa.Text(collation=None if is_sqlite else "C"), primary_key=True)
+        columns: list[sa.Column[Any]] = []
         shown: list[sa.ColumnElement[Any]] = []
-        for index, (name, hint) in enumerate(projection.column_types.items()):
-            if name in {"key", "member"}:
-                msg = f"projection {projection.name}: {name!r} is a column of every view"
-                raise InvalidModelError(msg)
-            kind, is_optional = _kind_of(projection, name, hint, kinds)
-            column = sa.Column(name, kind.column, nullable=is_optional)
+        self._decoders: list[tuple[int, Callable[[Any], object]]] = []
+        for index, field in enumerate(self._shape.columns):
+            kind = kinds[field.stored_type]
+            column = sa.Column(field.name, kind.column, nullable=field.is_optional)
             columns.append(column)
-            shown.append((kind.display(column) if kind.display else column).label(name))
-            if kind.decode:
-                self._decoders.append((index, kind.decode))
-            if kind.encode:
-                self._encoders.append((index, name, kind.encode))
+            shown.append((kind.display(column) if kind.display else column).label(field.name))
+            decode = _decoder(field, kind)
+            if decode:
+                self._decoders.append((index, decode))
+        member = sa.Column("member", sa.Boolean, nullable=False)
         self.table = sa.Table(
-            projection.table,
-            sa.MetaData(),
-            key,
-            *columns,
-            sa.Column("member", sa.Boolean, nullable=False),
-            sqlite_with_rowid=False,
-            postgresql_with={"fillfactor": 60},
+            projection.table, sa.MetaData(), key, *columns, member, sqlite_with_rowid=False
         )
         self._shown = sa.select(key, *shown).where(self.table.c.member)
-        self._values: Callable[[R], tuple[object, ...]] = _values_of(projection.columns)
 
     @cached_property
     def definition(self) -> str:
@@ -202,12 +156,23 @@ class ViewTable(Generic[R]):
     def member_view(self) -> str:
         """The statement that makes a SQL view of the members, for people."""
         query = self._shown.compile(dialect=self.dialect, compile_kwargs={"literal_binds": True})
-        return f"CREATE VIEW {self.projection.name} AS {query}"
+        return f'CREATE VIEW "{self.projection.name}" AS {query}'
+
+    @cached_property
+    def select_by_key(self) -> str:
+        """The beginning of a query for rows by their keys: the key, then the row's columns."""
+        names = ", ".join(f'"{name}"' for name in self.projection.columns)
+        return f'SELECT key, {names} FROM "{self.table.name}" WHERE key '
+
+    @cached_property
+    def delete_by_key(self) -> str:
+        """The beginning of a statement that deletes rows by their keys."""
+        return f'DELETE FROM "{self.table.name}" WHERE key '
 
     @cached_property
     def insert(self) -> str:
         """The beginning of an INSERT of rows as `encode` makes them."""
-        return f"INSERT INTO {self.table.name} VALUES "
+        return f'INSERT INTO "{self.table.name}" VALUES '
 
     @cached_property
     def on_conflict(self) -> str:
@@ -223,29 +188,23 @@ class ViewTable(Generic[R]):
         names = ", ".join(f'"{c.name}"' for c in self.table.c)
         fields = ", ".join(f'r."{name}"' for name in self.projection.columns)
         return (
-            f"INSERT INTO {self.table.name} ({names}) "
+            f'INSERT INTO "{self.table.name}" ({names}) '
             f"SELECT e->>0, {fields}, (e->>1)::boolean FROM json_array_elements(%s::json) AS e, "
-            f"json_populate_record(NULL::{self.table.name}, e->2) AS r " + self.on_conflict
+            f'json_populate_record(NULL::"{self.table.name}", e->2) AS r ' + self.on_conflict
         )
 
     def encode(self, key: str, row: R) -> list[object]:
         """Return a row's values in the table's order. Raises `ValueOutOfRangeError`."""
-        values = list(self._values(row))
-        for index, name, encode in self._encoders:
-            value = values[index]
-            if value is not None:
-                try:
-                    values[index] = encode(value)
-                except (ValueError, OverflowError) as error:
-                    raise ValueOutOfRangeError(
-                        self.projection.name, name, repr(value), str(error)
-                    ) from None
-        return [key, *values, self.projection.shows(row)]
+        return [key, *self._shape.encode(key, row), self.projection.shows(row)]
 
-    def checked(self, row: R) -> R:
-        """Return the row itself if the database can keep it. Raises `ValueOutOfRangeError`."""
-        self.encode("", row)
-        return row
+    def encode_json(self, rows: Mapping[str, R]) -> str:
+        """Return rows as the JSON that `upsert_json` takes. Raises `ValueOutOfRangeError`."""
+        names, encode, shows = self.projection.columns, self._shape.encode, self.projection.shows
+        document = [
+            (key, shows(row), dict(zip(names, encode(key, row), strict=True)))
+            for key, row in rows.items()
+        ]
+        return to_json(document).decode()
 
     def decode(self, values: Iterable[Any]) -> R:
         """Make a row of the values of its columns."""
@@ -280,27 +239,20 @@ class ViewTable(Generic[R]):
         if seek.value is None:
             same = sa.and_(column.is_(None), key_after)
             return same if order.descending else sa.or_(column.is_not(None), same)
-        value = self._encode_one(order.column, seek.value)
+        try:
+            encoded = self._shape.encode_one(order.column, seek.value)
+        except ValueOutOfRangeError:
+            reason = (("cursor", "is not a cursor of this order"),)
+            raise ValidationFailed(self.projection.name, reason) from None
+        value = sa.literal(encoded, column.type)
         same = sa.and_(column == value, key_after)
         if order.descending:
             return sa.or_(column < value, column.is_(None), same)
         return sa.or_(column > value, same)
 
-    def _encode_one(self, name: str, value: object) -> Any:
-        index = self.projection.columns.index(name)
-        for at, _, encode in self._encoders:
-            if at == index:
-                try:
-                    return encode(value)
-                except (ValueError, OverflowError):
-                    reason = (("cursor", "is not a cursor of this order"),)
-                    raise ValidationFailed(self.projection.name, reason) from None
-        return value
-
     def _text(self, element: sa.schema.ExecutableDDLElement) -> str:
         return str(element.compile(dialect=self.dialect)).strip()
 
 
-def _values_of(columns: tuple[str, ...]) -> Callable[[Any], tuple[object, ...]]:
-    getter = attrgetter(*columns)
-    return getter if len(columns) > 1 else lambda row: (getter(row),)
+def _decoder(field: Column, kind: _Kind) -> Callable[[Any], object] | None:
+    return field.python_type if issubclass(field.python_type, Enum) else kind.decode

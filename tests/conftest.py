@@ -1,4 +1,4 @@
-"""Real stores for the tests: servers are started on demand, and each test has a store of its own."""
+"""Real stores for the tests: servers start on demand, and each test has a store of its own."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -22,6 +23,7 @@ from leftfold.application.ports import (
     Stale,
     Verdict,
 )
+from leftfold.infrastructure.rows import RowShape
 
 R = TypeVar("R")
 
@@ -117,6 +119,12 @@ class MemoryViews:
     def __init__(self) -> None:
         self._rows: dict[str, dict[str, Any]] = {}
         self._checkpoints: dict[str, int] = {}
+        self._shapes: dict[str, RowShape[Any]] = {}
+
+    def _shape(self, projection: Projection[R]) -> RowShape[R]:
+        if projection.table not in self._shapes:
+            self._shapes[projection.table] = RowShape(projection)
+        return self._shapes[projection.table]
 
     def checkpoint(self, projection: Projection[Any]) -> int:
         return self._checkpoints.get(projection.table, 0)
@@ -132,6 +140,10 @@ class MemoryViews:
         expected: int,
         position: int,
     ) -> bool:
+        shape = self._shape(projection)
+        for key, changed in rows.items():
+            if changed is not None:
+                shape.encode(key, changed)  # refuses what no database could keep
         if self.checkpoint(projection) != expected:
             return False
         # A new dictionary, so that a reader in another thread sees all of a page or nothing.
@@ -157,7 +169,7 @@ class MemoryViews:
             return shown[:limit]
 
         def rank(value: Any) -> tuple[bool, Any]:
-            return value is not None, value
+            return value is not None, value.value if isinstance(value, Enum) else value
 
         def value_of(entry: tuple[str, R]) -> tuple[bool, Any]:
             return rank(getattr(entry[1], order.column))
@@ -183,8 +195,10 @@ class MemoryStore:
         self.log = MemoryLog()
         self.views = MemoryViews()
 
-    def open(self, projections: Sequence[Projection[Any]], *, create_tables: bool) -> None:
-        """Nothing to open."""
+    def open(self, projections: Sequence[Projection[Any]], *, create_tables: bool) -> None:  # noqa: ARG002 - there are none
+        """Check the row types: there are no tables to make. Raises `InvalidModelError`."""
+        for projection in projections:
+            RowShape(projection)
 
     def close(self) -> None:
         """Nothing to close."""

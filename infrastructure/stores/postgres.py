@@ -23,7 +23,6 @@ from eventsourcing.postgres import (
 )
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import TupleRow, dict_row, tuple_row
-from pydantic import TypeAdapter
 
 from leftfold.application import Projection
 from leftfold.application.ports import (
@@ -333,12 +332,10 @@ class PostgresViews:
     def __init__(self, database: PostgresDatabase) -> None:
         self._database = database
         self._tables: dict[str, ViewTable[Any]] = {}
-        self._adapters: dict[str, TypeAdapter[Any]] = {}
 
     def table(self, projection: Projection[R]) -> ViewTable[R]:
         if projection.table not in self._tables:
             self._tables[projection.table] = ViewTable(projection, POSTGRES)
-            self._adapters[projection.table] = TypeAdapter(list[tuple[str, bool, projection.row]])  # type: ignore[name-defined]  # the row type is a value here
         return self._tables[projection.table]
 
     def checkpoint(self, projection: Projection[Any]) -> int:
@@ -352,13 +349,9 @@ class PostgresViews:
 
     def load(self, projection: Projection[R], keys: Sequence[str]) -> dict[str, R]:
         table = self.table(projection)
-        columns = ", ".join(f'"{name}"' for name in projection.columns)
         with self._database.reading() as cursor:
-            cursor.execute(
-                f"SELECT key, {columns} FROM {projection.table} WHERE key = ANY(%s)".encode(),
-                (list(keys),),
-                prepare=True,
-            )
+            sql = f"{table.select_by_key} = ANY(%s)"
+            cursor.execute(sql.encode(), (list(keys),), prepare=True)
             return {key: table.decode(values) for key, *values in cursor}
 
     def write(
@@ -369,9 +362,8 @@ class PostgresViews:
         position: int,
     ) -> bool:
         table = self.table(projection)
-        changed = [
-            (k, projection.shows(r), table.checked(r)) for k, r in rows.items() if r is not None
-        ]
+        changed = {key: row for key, row in rows.items() if row is not None}
+        document = table.encode_json(changed)
         deleted = [key for key, row in rows.items() if row is None]
         with self._database.writing() as cursor:
             cursor.execute(
@@ -383,12 +375,9 @@ class PostgresViews:
             if cursor.rowcount != 1:
                 return False
             if changed:
-                document = self._adapters[projection.table].dump_json(changed).decode()
                 cursor.execute(table.upsert_json.encode(), (document,), prepare=True)
             if deleted:
-                cursor.execute(
-                    f"DELETE FROM {projection.table} WHERE key = ANY(%s)".encode(), (deleted,)
-                )
+                cursor.execute(f"{table.delete_by_key} = ANY(%s)".encode(), (deleted,))
         return True
 
     def get(self, projection: Projection[R], key: str) -> R | None:
@@ -484,7 +473,7 @@ class PostgresStore:
         if not create_tables:
             raise SchemaMissingError(self.name, projection.table)
         cursor.execute(table.definition.encode())
-        cursor.execute(f"DROP VIEW IF EXISTS {projection.name}".encode())
+        cursor.execute(f'DROP VIEW IF EXISTS "{projection.name}"'.encode())
         cursor.execute(table.member_view.encode())
         cursor.execute(
             "INSERT INTO leftfold_checkpoints (name, version, position, definition) "

@@ -411,15 +411,11 @@ class SQLiteViews:
 
     def load(self, projection: Projection[R], keys: Sequence[str]) -> dict[str, R]:
         table = self.table(projection)
-        columns = ", ".join(projection.columns)
         found: dict[str, R] = {}
         with self._file.reading() as cursor:
             for chunk in _chunks(list(keys)):
                 marks = ",".join("?" * len(chunk))
-                cursor.execute(
-                    f"SELECT key, {columns} FROM {projection.table} WHERE key IN ({marks})",
-                    chunk,
-                )
+                cursor.execute(f"{table.select_by_key} IN ({marks})", chunk)
                 for key, *values in cursor:
                     found[key] = table.decode(values)
         return found
@@ -443,7 +439,7 @@ class SQLiteViews:
             if moved.rowcount != 1:
                 return False
             _insert_rows(connection, table.insert, table.on_conflict, changed)
-            connection.executemany(f"DELETE FROM {projection.table} WHERE key = ?", deleted)
+            connection.executemany(f"{table.delete_by_key} = ?", deleted)
         return True
 
     def get(self, projection: Projection[R], key: str) -> R | None:
@@ -521,9 +517,7 @@ class SQLiteStore:
     def has_changed(self) -> bool:
         """Tell whether another connection has written since the last look."""
         if self._watched is None:
-            self._watched = sqlite3.connect(
-                f"file:{self._path}?mode=ro", uri=True, check_same_thread=False
-            )
+            self._watched = sqlite3.connect(self._path, check_same_thread=False)
         (version,) = self._watched.execute("PRAGMA data_version").fetchone()
         changed: bool = version != self._seen
         self._seen = version
@@ -569,7 +563,7 @@ def _set_up_view(
     if not create_tables:
         raise SchemaMissingError(name, projection.table)
     connection.execute(table.definition)
-    connection.execute(f"DROP VIEW IF EXISTS {projection.name}")
+    connection.execute(f'DROP VIEW IF EXISTS "{projection.name}"')
     connection.execute(table.member_view)
     connection.execute(
         "INSERT INTO leftfold_checkpoints (name, version, position, definition) "

@@ -92,8 +92,8 @@ def test_it_can_not_be_used_before_it_is_opened_or_after_it_is_closed(store_url,
     uses = [
         lambda: blocking.commands.dispatch(register()),
         lambda: blocking.queries.dispatch(FindItems()),
-        lambda: blocking.catch_up(),
-        lambda: blocking.health(),
+        blocking.catch_up,
+        blocking.health,
     ]
     for use in uses:
         with pytest.raises(NotRunningError):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 from random import Random
-from time import sleep
 
 import pytest
 
@@ -184,7 +184,7 @@ async def test_an_invoice_of_a_killed_process_is_whole_or_not_there(shared_url, 
     """
     child = start(script, shared_url)
     child.says()
-    sleep(0.3)
+    await asyncio.sleep(0.3)
     child.process.kill()
     child.ends()
     found = await kept(shared_url)

@@ -1,0 +1,200 @@
+"""Rows of views: which values every database can keep exactly, and which are refused by name."""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import date, datetime
+from decimal import Decimal
+from enum import Enum
+from operator import attrgetter
+from typing import Any, Generic, TypeVar
+from uuid import UUID
+
+from leftfold.application import InvalidModelError, Projection
+from leftfold.infrastructure.errors import ValueOutOfRangeError
+
+R = TypeVar("R")
+
+DECIMALS = 6
+"""Decimals that a `Decimal` keeps; with 12 digits before the point, always."""
+MAX_INTEGER = 2**63 - 1
+MAX_DECIMAL = Decimal(MAX_INTEGER)
+
+
+def whole(number: int) -> int:
+    """Return an integer of 64 bits. Raises `ValueError` for a larger one."""
+    if not -MAX_INTEGER - 1 <= number <= MAX_INTEGER:
+        msg = "more than 64 bits"
+        raise ValueError(msg)
+    return number
+
+
+def scaled(value: Decimal) -> int:
+    """Return a Decimal in millionths. Raises `ValueError` if that is not exact."""
+    if not value.is_finite():
+        msg = "not a number"
+        raise ValueError(msg)
+    # Not scaleb(): it rounds to the context's precision, and so could lose digits.
+    numerator, denominator = (
+        value.as_integer_ratio() if abs(value) < MAX_DECIMAL else (MAX_INTEGER, 1)
+    )
+    number, lost = divmod(numerator * 10**DECIMALS, denominator)
+    if lost:
+        msg = f"more than {DECIMALS} decimals"
+        raise ValueError(msg)
+    return whole(number)
+
+
+def exact(value: Decimal) -> Decimal:
+    """Return a Decimal that `scaled` takes. Raises `ValueError`."""
+    scaled(value)
+    return value
+
+
+def finite(value: float) -> float:
+    """Return a finite float. Raises `ValueError` for others."""
+    if not math.isfinite(value):
+        msg = "not finite"
+        raise ValueError(msg)
+    return value
+
+
+def storable(text: str) -> str:
+    """Return text that is UTF-8 without NUL. Raises `ValueError` for other text."""
+    if "\0" in text:
+        msg = "holds a NUL character"
+        raise ValueError(msg)
+    if not text.isascii():
+        text.encode()
+    return text
+
+
+def aware(moment: datetime) -> datetime:
+    """Return a moment that has a zone. Raises `ValueError` for one that has none."""
+    if moment.tzinfo is None:
+        msg = "has no time zone"
+        raise ValueError(msg)
+    return moment
+
+
+def same(value: Any) -> Any:
+    """Return the value: every one of its type can be kept."""
+    return value
+
+
+CHECKS: Mapping[type, Callable[[Any], Any]] = {
+    int: whole,
+    Decimal: exact,
+    float: finite,
+    str: storable,
+    bool: same,
+    datetime: aware,
+    date: same,
+    UUID: same,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One field of a row: its name, its type without `None`, and whether it may be `None`."""
+
+    name: str
+    python_type: type[Any]
+    is_optional: bool
+
+    @property
+    def stored_type(self) -> type[Any]:
+        """The type whose values are stored: the text of an enumeration."""
+        return str if issubclass(self.python_type, Enum) else self.python_type
+
+
+def columns_of(projection: Projection[Any]) -> tuple[Column, ...]:
+    """Return the columns of a projection's rows.
+
+    Raises `InvalidModelError` for a field whose type has no column.
+    """
+    return tuple(_column(projection, name, hint) for name, hint in projection.column_types.items())
+
+
+def _column(projection: Projection[Any], name: str, hint: Any) -> Column:
+    if name in {"key", "member"}:
+        raise InvalidModelError(f"projection {projection.name}: every view has a column {name!r}")
+    is_union = typing.get_origin(hint) in {typing.Union, types.UnionType}
+    options = typing.get_args(hint) if is_union else (hint,)
+    plain = [option for option in options if option is not types.NoneType]
+    if len(plain) == 1 and isinstance(plain[0], type):
+        (python_type,) = plain
+        is_text = issubclass(python_type, Enum) and all(
+            isinstance(m.value, str) for m in python_type
+        )
+        if python_type in CHECKS or is_text:
+            return Column(name, python_type, len(options) > 1)
+    raise InvalidModelError(f"projection {projection.name}: no column type for {name}: {hint}")
+
+
+class RowShape(Generic[R]):
+    """The columns of a view's rows, and how their values are encoded."""
+
+    def __init__(
+        self,
+        projection: Projection[R],
+        encoders: Mapping[type, Callable[[Any], Any]] = CHECKS,
+    ) -> None:
+        """Encode values by their type; the encoders also check. Raises `InvalidModelError`."""
+        self.projection = projection
+        self.columns = columns_of(projection)
+        self._encoders = [
+            (
+                index,
+                column,
+                _text_of(encoders[str])
+                if issubclass(column.python_type, Enum)
+                else encoders[column.python_type],
+            )
+            for index, column in enumerate(self.columns)
+        ]
+        self._values = _values_of(projection.columns)
+
+    def encode(self, key: str, row: R) -> list[Any]:
+        """Return a row's encoded values, in order. Raises `ValueOutOfRangeError`."""
+        values = list(self._values(row))
+        for index, column, encode in self._encoders:
+            value = values[index]
+            if value is None and column.is_optional:
+                continue
+            try:
+                values[index] = encode(value)
+            except (ValueError, OverflowError, TypeError, AttributeError) as error:
+                raise self._refusal(column.name, value, error) from None
+        try:
+            storable(key)
+        except ValueError as error:
+            raise self._refusal("key", key, error) from None
+        return values
+
+    def encode_one(self, name: str, value: object) -> Any:
+        """Return one column's value, encoded. Raises `ValueOutOfRangeError`."""
+        for _, column, encode in self._encoders:
+            if column.name == name and value is not None:
+                try:
+                    return encode(value)
+                except (ValueError, OverflowError, TypeError, AttributeError) as error:
+                    raise self._refusal(name, value, error) from None
+        return value
+
+    def _refusal(self, name: str, value: object, error: Exception) -> ValueOutOfRangeError:
+        reason = "may not be None" if value is None else str(error)
+        return ValueOutOfRangeError(self.projection.name, name, repr(value), reason)
+
+
+def _text_of(encode: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda member: encode(member.value)
+
+
+def _values_of(names: tuple[str, ...]) -> Callable[[Any], tuple[object, ...]]:
+    getter = attrgetter(*names)
+    return getter if len(names) > 1 else lambda row: (getter(row),)
