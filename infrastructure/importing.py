@@ -114,6 +114,7 @@ class _Import:
             self._namespace = uuid5(NAMESPACE_URL, f"leftfold:import:{found.digest}")
             await self._register(found)
             await self._record(found)
+            self._runtime.follow()
             (await self._runtime.catch_up(CATCH_UP_TIMEOUT)).unwrap()
             return await self._sum_up(found)
         finally:

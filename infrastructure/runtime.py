@@ -201,7 +201,9 @@ class Runtime:
         self._services = [self._make_service(service) for service in self.model.services]
         self._commands = self._make_command_bus()
         self._queries = self._make_query_bus(mapper)
-        self._following = [self._platform.spawn(f.run()) for f in self._followers.values()]
+        self._following: list[asyncio.Task[None]] = []
+        if self.settings.follow:
+            self.follow()
         self._watching = self._platform.spawn(self._watch())
         if self.settings.drain_on_sigterm:
             self._catch_sigterm()
@@ -214,6 +216,12 @@ class Runtime:
         traceback: TracebackType | None,
     ) -> None:
         await self.close()
+
+    def follow(self) -> None:
+        """Begin to keep the views up to date in this process, if it does not yet."""
+        self._opened(self._commands)
+        if not self._following:
+            self._following = [self._platform.spawn(f.run()) for f in self._followers.values()]
 
     async def close(self) -> None:
         """Finish the commands and pages under way, refuse new ones, and close the store."""

@@ -30,6 +30,8 @@ class Settings(BaseSettings):
     """Seconds that a query waits for a view to see its `after`."""
     conflict_attempts: Annotated[int, Field(ge=1)] = 10
     """How often a command is handled in all while others change its aggregates first."""
+    follow: bool = True
+    """Keep views up to date in this process; if not, `Runtime.follow` or another process has to."""
     page_size: Annotated[int, Field(ge=1, le=100_000)] = 20000
     """Events a projection folds in one transaction, at most."""
     poll_interval: Seconds = 0.1

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import subprocess
 import sys
 import tempfile
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -36,6 +38,7 @@ from leftfold.infrastructure.runtime import Runtime
 from leftfold.infrastructure.settings import load_settings
 from leftfold.infrastructure.simulation import write_shop
 from leftfold.infrastructure.stores import make_store
+from leftfold.infrastructure.stores.memory import MemoryStore
 
 T = TypeVar("T")
 
@@ -110,8 +113,10 @@ def import_(
         raise typer.BadParameter(f"there is no file {file}")
 
     async def run() -> Summary:
-        async with _open(store) as shop:
-            with progress() as tell:
+        settings = load_settings(store=store, follow=False)
+        async with open_items(settings=settings) as shop:
+            # The views are folded on another processor, and here only what that has left.
+            with _following(settings.store), progress() as tell:
                 return await import_sales(shop, file, tell)
 
     summary = _run(run())
@@ -193,6 +198,23 @@ def events(sku: Sku, store: Store, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def follow(
+    store: Store,
+    while_input: Annotated[bool, typer.Option("--while-input", hidden=True)] = False,
+) -> None:
+    """Keep the views up to date, until it is interrupted."""
+
+    async def run() -> None:
+        async with _open(store):
+            if while_input:
+                await asyncio.to_thread(sys.stdin.read)
+            else:
+                await asyncio.Event().wait()
+
+    _run(run())
+
+
+@app.command()
 def migrate(store: Store) -> None:
     """Make the tables that are missing, so that programs need no right to."""
     opened = make_store(load_settings(store=store))
@@ -236,6 +258,24 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)
     return asyncio.run(work)
+
+
+@contextmanager
+def _following(store: str) -> Iterator[None]:
+    """Let another process keep the views up to date; it ends with this one, however that ends."""
+    if store == MemoryStore.name:
+        yield
+        return
+    command = [sys.executable, "-m", "leftfold.infrastructure.cli", "follow", "--while-input"]
+    environment = {**os.environ, "LEFTFOLD_STORE": store}  # not an argument: others could read it
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+    ):
+        yield
 
 
 def _query(shop: Runtime, name: str, sku: str) -> Any:

@@ -1,12 +1,21 @@
 """The command line, run as a person or a program would."""
 
+import asyncio
+import contextlib
 import json
 import os
+import signal
+import sqlite3
 import subprocess
 import sys
+import time
+from decimal import Decimal
 
 import pytest
 
+from leftfold.application.items import RegisterItem
+from leftfold.infrastructure import Settings
+from leftfold.infrastructure.items import open_items
 from leftfold.infrastructure.simulation import write_shop
 
 
@@ -93,6 +102,37 @@ def test_migrate_makes_the_tables_alone(tmp_path):
     assert "leftfold migrate" in refused.stderr
     assert leftfold("migrate", store=url).returncode == 0
     assert leftfold("items", store=url, LEFTFOLD_CREATE_TABLES="false").returncode == 0
+
+
+def test_a_process_of_its_own_keeps_the_views_up_to_date_until_it_is_stopped(tmp_path):
+    url = f"sqlite:///{tmp_path}/shop.db"
+    follower = subprocess.Popen(
+        [sys.executable, "-m", "leftfold.infrastructure.cli", "follow", "--store", url],
+        stderr=subprocess.PIPE,
+    )
+
+    async def sell():
+        settings = Settings(store=url, follow=False, view_timeout=20)
+        async with open_items(settings=settings) as shop:
+            await shop.commands.dispatch(
+                RegisterItem(sku="A", name="CUP", unit_price=Decimal(1), opening_stock=5)
+            )
+            assert shop.health().projections[0].position == 0
+
+    asyncio.run(sell())
+    deadline = time.monotonic() + 20
+    while not positions(tmp_path / "shop.db") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    follower.terminate()
+    assert positions(tmp_path / "shop.db") == 1
+    assert follower.wait(20) == -signal.SIGTERM
+    assert follower.stderr.read() == b""
+    follower.stderr.close()
+
+
+def positions(path):
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        return connection.execute("SELECT position FROM leftfold_checkpoints").fetchone()[0]
 
 
 @pytest.mark.parametrize(
