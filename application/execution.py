@@ -90,13 +90,11 @@ class Execution:
             raise NestedDispatchError(dispatch.name)
         self._running += 1
         try:
-            moment = self._platform.now()  # one for all that the command records
-            with clock.clock(lambda: moment):
-                if isinstance(dispatch.message, Batch):
-                    parts = dispatch.message.parts
-                    return await self._carry_out(parts, await self._known(parts))
-                outcome = await self._carry_out((dispatch,), {})
-                return Ok(outcome.value[0]) if isinstance(outcome, Ok) else outcome
+            if isinstance(dispatch.message, Batch):
+                parts = dispatch.message.parts
+                return await self._carry_out(parts, await self._known(parts))
+            outcome = await self._carry_out((dispatch,), {})
+            return Ok(outcome.value[0]) if isinstance(outcome, Ok) else outcome
         finally:
             self._running -= 1
             if self._idle is not None and not self._running and not self._idle.done():
@@ -113,9 +111,11 @@ class Execution:
 
     async def _carry_out(self, parts: Sequence[Dispatch[Any]], known: Known) -> Outcome:
         wanted: Wanted = {}
+        moment = self._platform.now()  # one for all that is recorded
         while True:
             unit = Unit()
             token = current_unit.set(unit)
+            time = clock.use(lambda: moment)
             try:
                 return await self._attempt(unit, parts, known, wanted)
             except _Again:
@@ -124,6 +124,7 @@ class Execution:
             except CommandIdReused as error:
                 return Err(error)
             finally:
+                clock.restore(time)
                 current_unit.reset(token)
                 for aggregate_id in unit.taken:
                     aggregate = unit.loaded.get(aggregate_id) if unit.is_sound else None
@@ -132,7 +133,8 @@ class Execution:
     async def _attempt(
         self, unit: Unit, parts: Sequence[Dispatch[Any]], known: Known, wanted: Wanted
     ) -> Outcome:
-        await self._take_all(unit, wanted)
+        if wanted:
+            await self._take_all(unit, wanted)
         values: list[Any] = []
         saves: list[Save] = []
         for part in parts:
@@ -150,15 +152,21 @@ class Execution:
             values.append(answer.value)
             if len(unit.events) > begun:
                 saves.append(self._save(unit, part, answer.value, begun))
-        if not saves:
+        if saves:
+            return await self._commit(unit, parts, values, saves)
+        await self._check_unwritten(unit, parts, known)
+        return Ok(values)
+
+    async def _check_unwritten(
+        self, unit: Unit, parts: Sequence[Dispatch[Any]], known: Known
+    ) -> None:
+        """Begin again if an answer without events is a repetition, or based on an older state."""
+        if unit.based_on:
             await self._check_fresh(unit)
-            if any(p.given_id and p.command_id not in known for p in parts):
-                known_now = await self._known(parts)
-                if len(known_now) > len(known):
-                    raise _Again
-            unit.is_sound = True
-            return Ok(values)
-        return await self._commit(unit, parts, values, saves)
+        for part in parts:
+            if part.given_id and part.command_id not in known and await self._known((part,)):
+                raise _Again
+        unit.is_sound = True
 
     async def _handle(self, unit: Unit, part: Dispatch[Any], wanted: Wanted) -> Outcome:
         """Call the handler, until all that it asks for is in memory."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from typing import Any, ClassVar
 from uuid import UUID
@@ -35,6 +34,9 @@ class EventMapper(Mapper[UUID]):
     aggregate_topics: ClassVar[dict[str, str]] = {}
     """The aggregate's topic by the event's."""
 
+    first_versions: ClassVar[frozenset[str]] = frozenset()
+    """The topics of events that were never changed: their state is read as it stands."""
+
     @classmethod
     def of(cls, *aggregates: type[Aggregate]) -> type[EventMapper]:
         """Return the mapper class for these aggregates.
@@ -50,7 +52,12 @@ class EventMapper(Mapper[UUID]):
                     raise InvalidModelError(f"{event_type.__name__}: topic missing or taken")
                 types[event_type.TOPIC] = event_type
                 topics[event_type.TOPIC] = aggregate.TOPIC
-        return type("EventMapper", (cls,), {"types": types, "aggregate_topics": topics})
+        unchanged = {t for t, e in types.items() if getattr(e, "class_version", 0) == 1}
+        return type(
+            "EventMapper",
+            (cls,),
+            {"types": types, "aggregate_topics": topics, "first_versions": frozenset(unchanged)},
+        )
 
     @classmethod
     def event_topics(cls) -> tuple[str, ...]:
@@ -99,15 +106,10 @@ class EventMapper(Mapper[UUID]):
                 state = self.cipher.decrypt(state)
             if self.compressor:
                 state = self.compressor.decompress(state)
-            if issubclass(event_type, Snapshot):
-                known = {**from_json(state), "originator_id": aggregate_id}
-                return event_type.model_validate({**known, "originator_version": version})
-            if event_type.class_version == 1:
+            if topic in self.first_versions:
                 event = event_type.__pydantic_validator__.validate_json(state)
             else:
-                fields = json.loads(state)
-                fields = upcast(event_type, fields, fields.pop("class_version", 1))
-                event = event_type.model_validate(fields)
+                event = _decode_by_parts(event_type, aggregate_id, version, state)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             raise UnreadableEventError(topic, str(aggregate_id), version, reason) from error
@@ -119,6 +121,17 @@ class EventMapper(Mapper[UUID]):
     def decode_all(self, stream: Iterable[EncodedEvent]) -> list[Event]:
         """Decode the events of a stream."""
         return [self.decode(*event) for event in stream]
+
+
+def _decode_by_parts(
+    stored_type: type[Event | Snapshot], aggregate_id: UUID, version: int, state: bytes
+) -> Event | Snapshot:
+    """Decode a snapshot, or an event whose stored state may be of an older class version."""
+    fields = from_json(state)
+    if issubclass(stored_type, Snapshot):
+        where = {"originator_id": aggregate_id, "originator_version": version}
+        return stored_type.model_validate({**fields, **where})
+    return stored_type.model_validate(upcast(stored_type, fields, fields.pop("class_version", 1)))
 
 
 def _as_uuid(value: UUID | str) -> UUID:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any
 
-import anyio
 from tenacity import AsyncRetrying, RetryCallState, retry_if_result, stop_after_attempt
 
 from leftfold.application.bus import Dispatch, Middleware, Outcome, Step
@@ -44,9 +44,13 @@ def timeout(seconds: float) -> Middleware:
     """Answer `Err(OutcomeUnknown)` after some seconds; what was begun may still be committed."""
 
     async def around(dispatch: Dispatch[Any], call_next: Step) -> Outcome:
-        with anyio.move_on_after(seconds):
-            return await call_next(dispatch)
-        return Err(OutcomeUnknown(dispatch.command_id))
+        try:
+            async with asyncio.timeout(seconds) as limit:
+                return await call_next(dispatch)
+        except TimeoutError:
+            if not limit.expired():
+                raise  # the handler's own
+            return Err(OutcomeUnknown(dispatch.command_id))
 
     return around
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from datetime import UTC, datetime
 from typing import TypeAlias
 
@@ -25,11 +25,21 @@ def now() -> datetime:
     return _now.get()()
 
 
+def use(source: Now) -> Token[Now]:
+    """Let `now` ask this source, in this thread or task only, until `restore` of the token."""
+    return _now.set(source)
+
+
+def restore(token: Token[Now]) -> None:
+    """Let `now` ask what it asked before `use`."""
+    _now.reset(token)
+
+
 @contextmanager
 def clock(source: Now) -> Iterator[None]:
-    """Let `now` ask this source inside the block, in this thread or task only."""
-    token = _now.set(source)
+    """Let `now` ask this source inside the block."""
+    token = use(source)
     try:
         yield
     finally:
-        _now.reset(token)
+        restore(token)

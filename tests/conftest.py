@@ -158,6 +158,15 @@ class Child:
         assert line, f"the child ended with {self.process.poll()}: {self.errors}"
         return line
 
+    def says_until_it_ends(self, timeout: float = 30.0) -> list[str]:
+        """Return all further lines; the child is killed if it takes too long."""
+        assert self.process.stdout
+        watchdog = Timer(timeout, self.process.kill)
+        watchdog.start()
+        lines = self.process.stdout.read().splitlines()
+        watchdog.cancel()
+        return lines
+
     def tell(self, line: str = "") -> None:
         assert self.process.stdin
         self.process.stdin.write(f"{line}\n")

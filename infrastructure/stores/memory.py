@@ -61,6 +61,23 @@ class MemoryLog(POPOProcessRecorder):
             )
         return Committed(tuple(positions))
 
+    def select_events(
+        self,
+        originator_id: UUID | str,
+        *,
+        gt: int | None = None,
+        lte: int | None = None,
+        desc: bool = False,
+        limit: int | None = None,
+    ) -> list[StoredEvent]:
+        with self._database_lock:
+            events, index = self._stored_events, self._stored_events_index
+            stream = [events[at] for at in index.get(str(originator_id), {}).values()]
+        chosen = stream[gt or 0 : lte]  # versions begin at 1 and have no gaps
+        if desc:
+            chosen.reverse()
+        return chosen[:limit]
+
     def streams(self, aggregate_ids: Sequence[UUID]) -> dict[UUID, list[EncodedEvent]]:
         with self._database_lock:
             events, index = self._stored_events, self._stored_events_index

@@ -19,10 +19,10 @@ from leftfold.infrastructure import Settings
 from leftfold.infrastructure.items import open_items
 
 ROOT = Path(leftfold.domain.__file__).resolve().parents[1]
-PAGES = sorted(
-    [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))]
-    + [*(ROOT / "docs").rglob("*.md")]
-)
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]+\]\(([^)\s]+)\)")
 SOURCE = re.compile(

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from threading import Barrier, Thread
 from time import monotonic
 
 import pytest
 
-from leftfold.application.items import FindItems, GetItem, ItemHistory
+from leftfold.application.items import FindItems, GetItem, ItemHistory, item_model
 from leftfold.domain.items import InsufficientStock
 from leftfold.domain.result import Err
 from leftfold.infrastructure import follower
 from leftfold.infrastructure.items import open_items
+from leftfold.infrastructure.settings import load_settings
+from leftfold.infrastructure.stores import make_store
 
 pytestmark = pytest.mark.anyio
 
@@ -164,6 +167,27 @@ def test_eight_processes_that_start_at_once_on_a_new_store_all_start(shared_url,
         child.tell()
     assert [child.says() for child in children] == ["started"] * 8
     assert [child.ends() for child in children] == [0] * 8
+
+
+def test_stores_that_are_opened_at_once_all_open(shared_url):
+    urls = [f"{shared_url}{n}" for n in range(20)] if "sqlite" in shared_url else [shared_url]
+    for url in urls:
+        stores = [make_store(load_settings(store=url)) for _ in range(8)]
+        barrier, opened = Barrier(len(stores)), []
+
+        def opens(store, barrier=barrier, opened=opened):
+            barrier.wait(10)
+            store.open(item_model.projections, create_tables=True)
+            opened.append(store)
+
+        openers = [Thread(target=opens, args=(store,)) for store in stores]
+        for opener in openers:
+            opener.start()
+        for opener in openers:
+            opener.join(20)
+        for store in opened:
+            store.close()
+        assert len(opened) == len(stores)
 
 
 async def test_runtimes_that_follow_one_view_never_fold_an_event_twice(shared_url, register, sell):

@@ -72,7 +72,7 @@ def answered_by(child, lines, number):
         n, count = child.says().split()
         sold[f"S{n}"] = int(count)
     child.process.send_signal(number)
-    for line in child.process.stdout:
+    for line in child.says_until_it_ends():
         n, count = line.split()
         sold[f"S{n}"] = int(count)
     return sold
