@@ -10,6 +10,7 @@ from operator import attrgetter
 from typing import Any
 from uuid import UUID
 
+from eventsourcing.persistence import PersistenceError
 from pydantic import TypeAdapter
 
 from leftfold.application.bus import Batch, Dispatch, Outcome
@@ -95,6 +96,8 @@ class Execution:
                 return await self._carry_out(parts, await self._known(parts))
             outcome = await self._carry_out((dispatch,), {})
             return Ok(outcome.value[0]) if isinstance(outcome, Ok) else outcome
+        except PersistenceError as error:  # of a read: commits have their verdicts
+            return Err(EventStoreUnavailable(str(error)))
         finally:
             self._running -= 1
             if self._idle is not None and not self._running and not self._idle.done():

@@ -44,8 +44,9 @@ def timeout(seconds: float) -> Middleware:
     """Answer `Err(OutcomeUnknown)` after some seconds; what was begun may still be committed."""
 
     async def around(dispatch: Dispatch[Any], call_next: Step) -> Outcome:
+        limit = asyncio.timeout(seconds)
         try:
-            async with asyncio.timeout(seconds) as limit:
+            async with limit:
                 return await call_next(dispatch)
         except TimeoutError:
             if not limit.expired():

@@ -236,6 +236,11 @@ class Store(Protocol):
         """Close all connections."""
         ...
 
+    @property
+    def hints(self) -> bool:
+        """Others' commits can be listened to; without a listener the log has to be looked at."""
+        ...
+
     def listen(self) -> int | None:
         """Return a file descriptor that becomes readable when somebody commits, if there is one."""
         ...

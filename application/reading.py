@@ -11,15 +11,16 @@ from datetime import datetime
 from typing import Any, Protocol, TypeVar
 from uuid import UUID
 
+from eventsourcing.persistence import PersistenceError
 from pydantic import TypeAdapter, ValidationError
 
 from leftfold.application.bus import Dispatch, Outcome, handle
-from leftfold.application.errors import ValidationFailed
+from leftfold.application.errors import EventStoreUnavailable, ValidationFailed
 from leftfold.application.messages import Handling
 from leftfold.application.ports import Order, Seek
 from leftfold.application.projection import Page, Projection
 from leftfold.application.receipt import Receipt
-from leftfold.domain import Aggregate, DomainEvent, Event
+from leftfold.domain import Aggregate, DomainEvent, Err, Event
 
 R = TypeVar("R")
 A = TypeVar("A", bound=Aggregate)
@@ -87,6 +88,8 @@ async def answer(dispatch: Dispatch[Any]) -> Outcome:
     token = current_after.set(dispatch.after)
     try:
         return await handle(dispatch)
+    except PersistenceError as error:
+        return Err(EventStoreUnavailable(str(error)))
     finally:
         current_after.reset(token)
 

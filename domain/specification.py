@@ -59,6 +59,13 @@ class Specification(Generic[T_contra]):
         """
         return self.tree().is_satisfied_by(candidate)
 
+    def __eq__(self, other: object) -> bool:
+        """Tell whether it is the same question: of the same name, with the same tree."""
+        return isinstance(other, type(self)) and self.tree() == other.tree()
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.tree()))
+
     def and_spec(self, other: Specification[T_contra]) -> Specification[T_contra]:
         """Return what both satisfy."""
         return All((self, other))

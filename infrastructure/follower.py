@@ -52,6 +52,8 @@ class Follower(Generic[R]):
         """Up to where the view is folded, as far as this process knows."""
         self.head = 0
         """The log's last position, as of the last look."""
+        self.folds = False
+        """It folds the view; if not, it only watches how far another process is."""
         self.failure: LeftfoldError | None = None
         """Why the view stopped, if it did."""
         self._log = log
@@ -78,12 +80,13 @@ class Follower(Generic[R]):
         self._hint.set()
 
     async def run(self) -> None:
-        """Follow the log until stopped, or until an event cannot be folded."""
+        """Follow the log, or whoever folds it, until stopped or an event cannot be folded."""
         pause, is_behind = 0.0, False
         while not self._is_stopping:
             self._hint.clear()
             try:
-                is_behind = await self._platform.in_thread(self.fold_page)
+                step = self.fold_page if self.folds else self._look
+                is_behind = await self._platform.in_thread(step)
             except PersistenceError as error:
                 pause = min(max(2 * pause, 0.05), LONGEST_PAUSE)
                 _log.warning("%s waits %.2f s: %s", self.projection.table, pause, error)
@@ -107,6 +110,8 @@ class Follower(Generic[R]):
         """Return when the view has seen a position. Raises `ViewBehind` after some seconds."""
         if self.position >= position:
             return
+        if self.failure is not None:
+            raise ViewBehind(self.projection.name, self.position, position)
         seen: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((position, seen))
         self.wake()
@@ -154,6 +159,11 @@ class Follower(Generic[R]):
                     self._rows[key] = row
         self.position, self.head = end, max(head, end)
         return is_full
+
+    def _look(self) -> bool:
+        self.position = self._views.checkpoint(self.projection)
+        self.head = max(self.position, self._log.head())
+        return False
 
     def _load(self, keys: set[str]) -> dict[str, R | None]:
         cached = self._rows

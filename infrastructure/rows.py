@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from decimal import Decimal
@@ -134,6 +134,14 @@ def _column(projection: Projection[Any], name: str, hint: Any) -> Column:
         if python_type in CHECKS or is_text:
             return Column(name, python_type, len(options) > 1)
     raise InvalidModelError(f"projection {projection.name}: no column type for {name}: {hint}")
+
+
+def describe(columns: Sequence[Column]) -> str:
+    """Return columns as text, to notice a row type that was changed: `sku str, sold datetime?`."""
+    return ", ".join(
+        f"{column.name} {column.stored_type.__name__}{'?' * column.is_optional}"
+        for column in columns
+    )
 
 
 class RowShape(Generic[R]):

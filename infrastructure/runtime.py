@@ -201,9 +201,9 @@ class Runtime:
         self._services = [self._make_service(service) for service in self.model.services]
         self._commands = self._make_command_bus()
         self._queries = self._make_query_bus(mapper)
-        self._following: list[asyncio.Task[None]] = []
         if self.settings.follow:
             self.follow()
+        self._following = [self._platform.spawn(f.run()) for f in self._followers.values()]
         self._watching = self._platform.spawn(self._watch())
         if self.settings.drain_on_sigterm:
             self._catch_sigterm()
@@ -220,8 +220,9 @@ class Runtime:
     def follow(self) -> None:
         """Begin to keep the views up to date in this process, if it does not yet."""
         self._opened(self._commands)
-        if not self._following:
-            self._following = [self._platform.spawn(f.run()) for f in self._followers.values()]
+        for follower in self._followers.values():
+            follower.folds = True
+            follower.wake()
 
     async def close(self) -> None:
         """Finish the commands and pages under way, refuse new ones, and close the store."""
@@ -311,11 +312,13 @@ class Runtime:
             while True:
                 if listening is None:
                     with _no_hints():
-                        listening = await self._platform.in_thread(self._store.listen)
-                        if listening is not None:
-                            self._loop.add_reader(listening, hear)
+                        descriptor = await self._platform.in_thread(self._store.listen)
+                        if descriptor is not None:
+                            self._loop.add_reader(descriptor, hear)  # not on every system's loop
+                            listening = descriptor
                 with _no_hints():
-                    if self._store.has_changed():
+                    is_deaf = listening is None and self._store.hints
+                    if is_deaf or self._store.has_changed():
                         self._wake()
                 await self._platform.sleep(self.settings.poll_interval)
         finally:

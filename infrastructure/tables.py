@@ -29,6 +29,7 @@ from leftfold.infrastructure.rows import (
     Column,
     RowShape,
     aware,
+    describe,
     scaled,
 )
 
@@ -148,8 +149,13 @@ class ViewTable(Generic[R]):
         self._shown = sa.select(key, *shown).where(self.table.c.member)
 
     @cached_property
+    def description(self) -> str:
+        """The columns as text, whatever the database; stored, to notice a changed row type."""
+        return describe(self._shape.columns)
+
+    @cached_property
     def definition(self) -> str:
-        """The statement that makes the table; stored, to notice a changed row type."""
+        """The statement that makes the table."""
         return self._text(CreateTable(self.table, if_not_exists=True))
 
     @cached_property

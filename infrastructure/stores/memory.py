@@ -207,6 +207,7 @@ class MemoryStore:
     """All of it in this process; gone when the store is closed."""
 
     name = "memory:"
+    hints = False
 
     def __init__(self) -> None:
         self.log = MemoryLog()

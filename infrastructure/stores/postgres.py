@@ -116,6 +116,12 @@ class PostgresLog(PostgresProcessRecorder):
     is_local = False
     datastore: PostgresDatabase
 
+    @property
+    def _begin(self) -> bytes:
+        patience = f"SET LOCAL lock_timeout = '{self.datastore.lock_timeout}s'"
+        lock = "LOCK TABLE stored_events IN EXCLUSIVE MODE"
+        return f"BEGIN; {patience}; {lock}; NOTIFY stored_events".encode()
+
     # The application's port
 
     def commit(self, groups: Sequence[Group]) -> list[Verdict]:
@@ -138,9 +144,7 @@ class PostgresLog(PostgresProcessRecorder):
             ):
                 try:
                     # The lock makes the order of commits the order of positions.
-                    cursor.execute(
-                        "BEGIN; LOCK TABLE stored_events IN EXCLUSIVE MODE; NOTIFY stored_events"
-                    )
+                    cursor.execute(self._begin)
                     positions = _insert_saves(cursor, saves)
                     is_committing = True
                     cursor.execute("COMMIT")
@@ -401,6 +405,8 @@ class PostgresViews:
 class PostgresStore:
     """A database with events, views and checkpoints."""
 
+    hints = True
+
     def __init__(self, url: str, lock_timeout: int) -> None:
         """Use this database. Raises `StoreUnavailableError` for a malformed URL."""
         self.name = masked(url)
@@ -438,6 +444,8 @@ class PostgresStore:
             max_overflow=7,
             lock_timeout=self._lock_timeout,
         )
+        # The library knows five parameters; the URL's others (sslmode, …) hold for the pool too.
+        database.pool.kwargs = {**self._parts, "row_factory": dict_row}
         self._database = database
         self.views = PostgresViews(database)
         for projection in projections:
@@ -467,7 +475,7 @@ class PostgresStore:
             (projection.name, projection.version),
         ).fetchone()
         if found is not None:
-            if found[0] != table.definition:
+            if found[0] != table.description:
                 raise ViewChangedError(projection.table)
             return
         if not create_tables:
@@ -478,7 +486,7 @@ class PostgresStore:
         cursor.execute(
             "INSERT INTO leftfold_checkpoints (name, version, position, definition) "
             "VALUES (%s, %s, 0, %s)",
-            (projection.name, projection.version, table.definition),
+            (projection.name, projection.version, table.description),
         )
 
     def listen(self) -> int | None:
@@ -502,8 +510,8 @@ class PostgresStore:
         return True
 
     def has_changed(self) -> bool:
-        """Tell whether to look without a hint: while nobody listens."""
-        return self._listener is None
+        """Tell nothing: the listener does."""
+        return False
 
     def close(self) -> None:
         """Close all connections."""

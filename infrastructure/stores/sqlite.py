@@ -463,6 +463,8 @@ class SQLiteViews:
 class SQLiteStore:
     """A file with events, views and checkpoints."""
 
+    hints = False
+
     def __init__(self, path: str, lock_timeout: int) -> None:
         """Use this file; wait up to `lock_timeout` seconds for its write lock."""
         self.name = f"sqlite:///{path}"
@@ -557,7 +559,7 @@ def _set_up_view(
         (projection.name, projection.version),
     ).fetchone()
     if found is not None:
-        if found[0] != table.definition:
+        if found[0] != table.description:
             raise ViewChangedError(projection.table)
         return
     if not create_tables:
@@ -568,7 +570,7 @@ def _set_up_view(
     connection.execute(
         "INSERT INTO leftfold_checkpoints (name, version, position, definition) "
         "VALUES (?, ?, 0, ?)",
-        (projection.name, projection.version, table.definition),
+        (projection.name, projection.version, table.description),
     )
 
 
