@@ -7,7 +7,7 @@ import logging
 from typing import Generic, TypeVar
 
 from cachetools import LRUCache
-from eventsourcing.persistence import PersistenceError
+from eventsourcing.persistence import InterfaceError, OperationalError
 
 from leftfold.application import EventMapper, Projection, ViewBehind
 from leftfold.application.ports import Log, Platform, ViewStore
@@ -87,7 +87,7 @@ class Follower(Generic[R]):
             try:
                 step = self.fold_page if self.folds else self._look
                 is_behind = await self._platform.in_thread(step)
-            except PersistenceError as error:
+            except (InterfaceError, OperationalError) as error:
                 pause = min(max(2 * pause, 0.05), LONGEST_PAUSE)
                 _log.warning("%s waits %.2f s: %s", self.projection.table, pause, error)
                 await self._platform.sleep(pause)
@@ -105,12 +105,13 @@ class Follower(Generic[R]):
             self._answer()
             if not is_behind:
                 await self._wait_for_hint()
+        self._answer()
 
     async def wait_for(self, position: int, timeout: float) -> None:
         """Return when the view has seen a position. Raises `ViewBehind` after some seconds."""
         if self.position >= position:
             return
-        if self.failure is not None:
+        if self.failure is not None or self._is_stopping:
             raise ViewBehind(self.projection.name, self.position, position)
         seen: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((position, seen))
@@ -179,7 +180,7 @@ class Follower(Generic[R]):
         for position, seen in self._waiting:
             if seen.done():
                 continue
-            if self.position >= position or self.failure is not None:
+            if self.position >= position or self.failure is not None or self._is_stopping:
                 seen.set_result(None)
             else:
                 still.append((position, seen))

@@ -224,6 +224,7 @@ class PostgresLog(PostgresProcessRecorder):
 
     def insert_events(self, stored_events: Sequence[StoredEvent], **kwargs: Any) -> list[int]:
         with self.datastore.writing() as cursor:
+            cursor.execute(f"SET LOCAL lock_timeout = '{self.datastore.lock_timeout}s'".encode())
             cursor.execute("LOCK TABLE stored_events IN EXCLUSIVE MODE")
             cursor.execute("NOTIFY stored_events")
             events = [
@@ -443,6 +444,7 @@ class PostgresStore:
             pool_size=1,
             max_overflow=7,
             lock_timeout=self._lock_timeout,
+            connect_timeout=self._lock_timeout,
         )
         # The library knows five parameters; the URL's others (sslmode, …) hold for the pool too.
         database.pool.kwargs = {**self._parts, "row_factory": dict_row}
@@ -492,7 +494,9 @@ class PostgresStore:
     def listen(self) -> int | None:
         """Begin to listen for commits; return a descriptor that becomes readable at each."""
         if self._listener is None:
-            self._listener = psycopg.connect(self._url, autocommit=True)
+            self._listener = psycopg.connect(
+                self._url, autocommit=True, connect_timeout=self._lock_timeout
+            )
             self._listener.execute(f"LISTEN {CHANNEL}")
         return self._listener.fileno()
 

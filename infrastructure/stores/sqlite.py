@@ -55,6 +55,7 @@ SCHEMA_VERSION = 1
 MAX_PARAMETERS = 500  # ids in one IN (…)
 ROWS_AT_ONCE = 200
 POOL_SIZE = 8
+ATTEMPTS_AT_WAL = 100  # others that open the same new file may come between
 CACHE = 32_768  # KiB of pages a connection keeps: the index on aggregates is written at random
 CHECKPOINT = 8_000  # pages in the write-ahead log before it is moved into the file
 
@@ -114,10 +115,10 @@ class SQLiteFile(SQLiteDatastore):
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield connection
+                connection.commit()
             except BaseException:
                 connection.rollback()
                 raise
-            connection.commit()
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[sqlite3.Cursor]:
@@ -504,11 +505,18 @@ class SQLiteStore:
         """Set the journal's mode, which no other connection may be in the way of."""
         connection = sqlite3.connect(self._path, timeout=self._lock_timeout, isolation_level=None)
         with contextlib.closing(connection):
-            (mode,) = connection.execute("PRAGMA journal_mode").fetchone()
-            if mode.lower() != "wal":
-                connection.execute("BEGIN EXCLUSIVE")
-                connection.execute("COMMIT")
-                connection.execute("PRAGMA journal_mode = WAL")
+            for attempts_left in reversed(range(ATTEMPTS_AT_WAL)):
+                (mode,) = connection.execute("PRAGMA journal_mode").fetchone()
+                if mode.lower() == "wal":
+                    return
+                try:
+                    # The pragma does not wait for the lock; a transaction before it does.
+                    connection.execute("BEGIN EXCLUSIVE")
+                    connection.execute("COMMIT")
+                    connection.execute("PRAGMA journal_mode = WAL")
+                except sqlite3.OperationalError:
+                    if not attempts_left:
+                        raise
 
     def listen(self) -> None:
         """SQLite sends no hints; `has_changed` is asked instead."""
