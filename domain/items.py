@@ -271,7 +271,9 @@ class Item(
 
 def is_text(text: str) -> bool:
     """Tell whether databases can keep a text: no NUL, no half of a surrogate pair."""
-    return "\0" not in text and text.encode("utf-8", "ignore").decode() == text
+    if "\0" in text:
+        return False
+    return text.isascii() or text.encode("utf-8", "ignore").decode() == text
 
 
 def _valid_name(name: str) -> str:

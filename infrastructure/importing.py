@@ -21,7 +21,7 @@ from leftfold.domain import Err, Result
 from leftfold.domain.items import ItemAlreadyRegistered, ItemError
 from leftfold.infrastructure.errors import InfrastructureError
 from leftfold.infrastructure.platform import SystemPlatform
-from leftfold.infrastructure.retail import Survey, line_of, read_runs, survey
+from leftfold.infrastructure.retail import Survey, invoice_of, read_runs, survey
 from leftfold.infrastructure.runtime import Runtime
 
 BATCH_ROWS = 4_000
@@ -178,8 +178,7 @@ class _Import:
         batch = _Batch()
         for number, invoice, rows in read_runs(self._path):
             if rows:
-                lines = tuple(line_of(row) for row in rows)
-                command = RecordInvoice(invoice=invoice, lines=lines)
+                command = invoice_of(invoice, rows)
                 batch.add(uuid5(self._namespace, str(number)), command, rows[0].line, rows[-1].line)
             if batch.rows >= BATCH_ROWS:
                 yield batch

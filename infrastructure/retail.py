@@ -18,10 +18,9 @@ from functools import lru_cache
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
-from typing import IO, Literal, NamedTuple, cast
+from typing import IO, Literal, NamedTuple
 
-from leftfold.application.items import InvoiceLine
-from leftfold.domain import Personal
+from leftfold.application.items import RecordInvoice
 from leftfold.domain.items import MAX_AMOUNT, MAX_PRICE_DECIMALS
 from leftfold.infrastructure.errors import InfrastructureError
 
@@ -38,7 +37,8 @@ HEADER = (
 PRODUCT = re.compile(r"[0-9]{5}[A-Za-z]{0,2}|DCGS[^\0]{0,16}|gift_0001_[^\0]{0,10}|PADS")
 """The codes that are SKUs, none of which is longer than one may be."""
 
-Movement = Literal["sale", "return", "write_off", "receipt"]
+MOMENT = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}")
+
 Kind = Literal["sale", "return", "write_off", "receipt", "skipped", "odd"]
 """`skipped`: the code is no product. `odd`: a product's row of no known shape."""
 
@@ -133,23 +133,29 @@ def read_runs(path: Path) -> Iterator[tuple[int, str, list[Row]]]:
         yield number, invoice, [row for row in rows if row.kind not in {"skipped", "odd"}]
 
 
-def line_of(row: Row) -> InvoiceLine:
-    """Make the command's line of a row that is a movement."""
-    kind = cast("Movement", row.kind)  # read_runs leaves out the others
-    if kind in {"sale", "return"}:
-        return InvoiceLine(
-            kind=kind,
-            sku=row.code,
-            quantity=abs(row.quantity),
-            unit_price=row.price,
-            country=row.country,
-            customer_id=Personal(row.customer) if row.customer else None,
-            occurred_at=row.at,
-        )
-    reason = row.description.strip() if kind == "write_off" else ""
-    return InvoiceLine(
-        kind=kind, sku=row.code, quantity=abs(row.quantity), reason=reason, occurred_at=row.at
-    )
+def invoice_of(invoice: str, rows: Iterable[Row]) -> RecordInvoice:
+    """Make the command of an invoice's rows, all of which are movements."""
+    lines = [
+        {
+            "kind": row.kind,
+            "sku": row.code,
+            "quantity": abs(row.quantity),
+            "unit_price": row.price,
+            "country": row.country,
+            "customer_id": row.customer or None,
+            "occurred_at": row.at,
+        }
+        if row.kind in {"sale", "return"}
+        else {
+            "kind": row.kind,
+            "sku": row.code,
+            "quantity": abs(row.quantity),
+            "reason": row.description.strip() if row.kind == "write_off" else "",
+            "occurred_at": row.at,
+        }
+        for row in rows
+    ]
+    return RecordInvoice.model_validate({"invoice": invoice, "lines": lines})
 
 
 def read_rows(path: Path, digest: hashlib._Hash | None = None) -> Iterator[Row]:
@@ -255,7 +261,9 @@ def _parses(parse: object, text: str) -> bool:
 
 @lru_cache(maxsize=1_024)
 def _moment(text: str) -> datetime:
-    return datetime.strptime(text, "%Y-%m-%d %H:%M").replace(tzinfo=UTC)
+    if not MOMENT.fullmatch(text):
+        raise ValueError(text)
+    return datetime.fromisoformat(text).replace(tzinfo=UTC)
 
 
 @lru_cache(maxsize=8_192)

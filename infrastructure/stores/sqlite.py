@@ -53,7 +53,7 @@ R = TypeVar("R")
 
 SCHEMA_VERSION = 1
 MAX_PARAMETERS = 500  # ids in one IN (…)
-ROWS_AT_ONCE = 200
+ROWS_AT_ONCE = 500
 POOL_SIZE = 8
 ATTEMPTS_AT_WAL = 100  # others that open the same new file may come between
 CACHE = 32_768  # KiB of pages a connection keeps: the index on aggregates is written at random

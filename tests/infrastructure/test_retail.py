@@ -11,7 +11,7 @@ import pytest
 from leftfold.infrastructure.retail import (
     HEADER,
     DamagedFileError,
-    line_of,
+    invoice_of,
     read_rows,
     read_runs,
     survey,
@@ -128,10 +128,8 @@ def test_the_digest_is_of_the_text_however_it_is_packed(tmp_path, sheet):
 
 
 def test_a_line_of_the_command_carries_what_the_kind_needs(sheet):
-    sale, lost = (
-        line_of(r)
-        for r in read_rows(sheet(row(), row(quantity=-2, price="0", description=" damaged ")))
-    )
+    rows = read_rows(sheet(row(), row(quantity=-2, price="0", description=" damaged ")))
+    sale, lost = invoice_of("536365", rows).lines
     assert (sale.kind, sale.quantity, sale.country) == ("sale", 6, "France")
     assert sale.customer_id is not None
     assert (lost.kind, lost.quantity, lost.reason) == ("write_off", 2, "damaged")
