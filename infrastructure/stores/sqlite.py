@@ -53,11 +53,11 @@ R = TypeVar("R")
 
 SCHEMA_VERSION = 1
 MAX_PARAMETERS = 500  # ids in one IN (…)
+MAX_VERSION = 2**62
 ROWS_AT_ONCE = 500
 POOL_SIZE = 8
 ATTEMPTS_AT_WAL = 100  # others that open the same new file may come between
 CACHE = 32_768  # KiB of pages a connection keeps: the index on aggregates is written at random
-CHECKPOINT = 8_000  # pages in the write-ahead log before it is moved into the file
 
 TABLES = (
     # The position is declared, since VACUUM may renumber an undeclared rowid.
@@ -103,7 +103,6 @@ class SQLiteFile(SQLiteDatastore):
         def connect_and_tune() -> SQLiteConnection:
             connection = connect()
             connection._sqlite_conn.execute(f"PRAGMA cache_size = -{CACHE}")
-            connection._sqlite_conn.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT}")
             return connection
 
         self.pool._create_connection = connect_and_tune  # type: ignore[method-assign]  # the library offers no other place
@@ -243,6 +242,31 @@ class SQLiteLog(SQLiteProcessRecorder):
             if tracking is not None:
                 self._insert_tracking(SQLiteCursor(connection.cursor()), tracking)
         return list(range(first, first + len(stored_events)))
+
+    def select_events(
+        self,
+        originator_id: UUID | str,
+        *,
+        gt: int | None = None,
+        lte: int | None = None,
+        desc: bool = False,
+        limit: int | None = None,
+    ) -> list[StoredEvent]:
+        direction = "DESC" if desc else "ASC"
+        aggregate_id = _as_uuid(originator_id)
+        with self.datastore.reading() as cursor:
+            cursor.execute(
+                "SELECT originator_version, topic, state FROM stored_events "
+                "WHERE originator_id = ? AND originator_version > ? AND originator_version <= ? "
+                f"ORDER BY originator_version {direction} LIMIT ?",
+                (
+                    aggregate_id.hex,
+                    gt or 0,
+                    MAX_VERSION if lte is None else lte,
+                    -1 if limit is None else limit,
+                ),
+            )
+            return [StoredEvent(originator_id, *values) for values in cursor]
 
     def select_notifications(
         self,
