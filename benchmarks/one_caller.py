@@ -1,93 +1,148 @@
 """One caller: load an item, change it, save one event; 200 items in turn, no aggregate cache.
 
-The first figures are leftfold's service and repository on their own, as a plain application is
-used, against plain eventsourcing at equal durability. The others, without a target, are the
-same through a whole runtime: buses, command ids, receipts, aggregates in memory, views.
+Every item has 10 events at first and one more after each round, on both sides of each figure.
+The figures with a target are leftfold's service and repository alone, as a plain application is
+used, without a runtime and so with every load read from the store, against plain eventsourcing.
+Both sides commit each save with the same durability, which is checked on SQLite.
+
+The others are the same through a whole runtime, against the same plain side: buses, command ids,
+receipts, aggregates in memory. Its view follows in the background meanwhile; what it lags behind
+at the end of a turn is caught up outside of the time.
+
+    python benchmarks/one_caller.py [--quick]
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from contextlib import closing
+from itertools import cycle, islice
 
-from _measure import PRICE, QUICK, WHEN, PlainItem, compare, plain_items, stores
+from _measure import PRICE, QUICK, WHEN, PlainItem, PlainItems, compare, plain_items, stores
 
+from leftfold.application import Service
 from leftfold.application.items import Items, RegisterItem, SellStock, item_model
 from leftfold.domain.items import Item
-from leftfold.infrastructure import Settings
+from leftfold.infrastructure import Runtime, Settings
 from leftfold.infrastructure.items import open_items
 from leftfold.infrastructure.stores import SharedLog, make_store
 
-ITEMS = 200
-EACH = 2 if QUICK else 5
+ITEMS = 40 if QUICK else 200
+EVENTS = 10
 TARGETS = {"memory": "4x", "sqlite": "1.8x", "postgresql": ""}
+TURNS = {"memory": 1, "sqlite": 10, "postgresql": 10}
+SKUS = [f"S{n}" for n in range(ITEMS)]
 
 
 def main() -> None:
     for kind, target in TARGETS.items():
         with stores(kind) as new_store:
-            store = make_store(Settings(store=new_store()))
-            store.open(item_model.projections, create_tables=True)
-            ours = Items(store=SharedLog(store.log))
-            plain = plain_items(new_store())
-            ids, plain_ids = [], []
-            for n in range(ITEMS):
-                item = Item.register(f"S{n}", "LANTERN", PRICE, 10**6)
-                plain_item = PlainItem(
-                    sku=f"S{n}", name="LANTERN", unit_price=PRICE, opening_stock=10**6
-                )
-                for _ in range(9):
-                    item.sell(1, "1", PRICE, "France", None, WHEN)
-                    plain_item.sell(1, "1", PRICE, "France", None, WHEN)
+            alone(kind, new_store, target)
+            through_the_runtime(kind, new_store)
+
+
+def alone(kind: str, new_store: Callable[[], str], target: str) -> None:
+    with (
+        closing(make_store(Settings(store=new_store()))) as store,
+        closing(plain_items(new_store())) as plain,
+    ):
+        store.open(item_model.projections, create_tables=True)
+        ours = Items(store=SharedLog(store.log))
+        durability = "" if kind != "sqlite" else f" at {equal_durability(ours, plain)}"
+        sell_plain = plain_seller(plain, kind)
+        items = [Item.register(sku, "LANTERN", PRICE, 10**6) for sku in SKUS]
+        for item in items:
+            for _ in range(EVENTS - 1):
+                item.sell(1, "1", PRICE, "France", None, WHEN)
+            ours.repository.save(item)
+        turns = cycle([item.id for item in items])
+
+        def sell() -> None:
+            for item_id in islice(turns, ITEMS // TURNS[kind]):
+                item = ours.repository.load(Item, item_id)
+                item.sell(1, "2", PRICE, "France", None, WHEN)
                 ours.repository.save(item)
-                plain.save(plain_item)
-                ids.append(item.id)
-                plain_ids.append(plain_item.id)
 
-            def sell_ours(ours: Items = ours, ids: list = ids) -> None:
-                for item_id in ids * EACH:
-                    item = ours.repository.load(Item, item_id)
-                    item.sell(1, "2", PRICE, "France", None, WHEN)
-                    ours.repository.save(item)
-
-            def sell_plain(plain=plain, ids: list = plain_ids) -> None:
-                for item_id in ids * EACH:
-                    item: PlainItem = plain.repository.get(item_id)
-                    item.sell(1, "2", PRICE, "France", None, WHEN)
-                    plain.save(item)
-
-            compare(f"one caller, {kind}", sell_ours, sell_plain, target)
-            with asyncio.Runner() as runner:
-                runtime = runner.run(open_items(settings=Settings(store=new_store())).open())
-                runner.run(register_all(runtime))
-                compare(
-                    f"one caller through the runtime, {kind}",
-                    lambda: runner.run(sell_through(runtime)),
-                    sell_plain,
-                )
-                runner.run(runtime.close())
-            plain.close()
-            store.close()
+        compare(f"one caller, {kind}{durability}", sell, sell_plain, target, turns=TURNS[kind])
 
 
-async def register_all(runtime) -> None:
-    for n in range(ITEMS):
-        command = RegisterItem(
-            sku=f"S{n}", name="LANTERN", unit_price=PRICE, opening_stock=10**6, occurred_at=WHEN
+def through_the_runtime(kind: str, new_store: Callable[[], str]) -> None:
+    with asyncio.Runner() as runner, closing(plain_items(new_store())) as plain:
+        sell_plain = plain_seller(plain, kind)
+        runtime = runner.run(open_items(settings=Settings(store=new_store())).open())
+        try:
+            runner.run(fill(runtime))
+            turns = cycle(SKUS)
+
+            async def sell() -> None:
+                for sku in islice(turns, ITEMS // TURNS[kind]):
+                    (await runtime.commands.dispatch(sale(sku))).unwrap()
+
+            compare(
+                f"one caller through the runtime, {kind}",
+                lambda: runner.run(sell()),
+                sell_plain,
+                turns=TURNS[kind],
+                settle=lambda: runner.run(runtime.catch_up()),
+            )
+        finally:
+            runner.run(runtime.close())
+
+
+def plain_seller(plain: PlainItems, kind: str) -> Callable[[], None]:
+    items = [
+        PlainItem(sku=sku, name="LANTERN", unit_price=PRICE, opening_stock=10**6) for sku in SKUS
+    ]
+    for item in items:
+        for _ in range(EVENTS - 1):
+            item.sell(1, "1", PRICE, "France", None, WHEN)
+        plain.save(item)
+    turns = cycle([item.id for item in items])
+
+    def sell() -> None:
+        for item_id in islice(turns, ITEMS // TURNS[kind]):
+            item: PlainItem = plain.repository.get(item_id)
+            item.sell(1, "2", PRICE, "France", None, WHEN)
+            plain.save(item)
+
+    return sell
+
+
+async def fill(runtime: Runtime) -> None:
+    register = [
+        RegisterItem(
+            sku=sku, name="LANTERN", unit_price=PRICE, opening_stock=10**6, occurred_at=WHEN
         )
-        (await runtime.commands.dispatch(command)).unwrap()
+        for sku in SKUS
+    ]
+    (await runtime.commands.dispatch_all(register)).unwrap()
+    for _ in range(EVENTS - 1):
+        (await runtime.commands.dispatch_all([sale(sku) for sku in SKUS])).unwrap()
+    (await runtime.catch_up()).unwrap()
 
 
-async def sell_through(runtime) -> None:
-    for n in range(ITEMS * EACH):
-        command = SellStock(
-            sku=f"S{n % ITEMS}",
-            quantity=1,
-            invoice="2",
-            unit_price=PRICE,
-            country="France",
-            occurred_at=WHEN,
-        )
-        (await runtime.commands.dispatch(command)).unwrap()
+def sale(sku: str) -> SellStock:
+    return SellStock(
+        sku=sku, quantity=1, invoice="2", unit_price=PRICE, country="France", occurred_at=WHEN
+    )
 
 
-main()
+def equal_durability(ours: Service, plain: PlainItems) -> str:
+    """Return how both sides flush what they commit. Raises if they differ."""
+    settings = []
+    for application in (ours, plain):
+        recorder = application.recorder
+        with recorder.datastore.get_connection(commit=True) as connection:
+            ask = connection._sqlite_conn.execute
+            journal, level = (
+                ask(f"PRAGMA {it}").fetchone()[0] for it in ("journal_mode", "synchronous")
+            )
+            settings.append(f"journal_mode={journal} synchronous={level}")
+    if settings[0] != settings[1]:
+        raise ValueError(settings)
+    return settings[0]
+
+
+if __name__ == "__main__":
+    main()
