@@ -371,6 +371,8 @@ class PostgresViews:
         document = table.encode_json(changed)
         deleted = [key for key, row in rows.items() if row is None]
         with self._database.writing() as cursor:
+            # Rows and checkpoint share the transaction: if it is lost, the page is folded again.
+            cursor.execute("SET LOCAL synchronous_commit = off")
             cursor.execute(
                 "UPDATE leftfold_checkpoints SET position = %s "
                 "WHERE name = %s AND version = %s AND position = %s",

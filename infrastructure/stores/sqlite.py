@@ -108,9 +108,13 @@ class SQLiteFile(SQLiteDatastore):
         self.pool._create_connection = connect_and_tune  # type: ignore[method-assign]  # the library offers no other place
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[sqlite3.Connection]:
-        """Commit what the block writes, or nothing."""
+    def writing(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
+        """Commit what the block writes, or nothing.
+
+        A transaction that is not `durable` may be gone, as a whole, after a loss of power.
+        """
         with self._connection(is_writer=True) as connection:
+            connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield connection
@@ -455,7 +459,8 @@ class SQLiteViews:
         table = self.table(projection)
         changed = [table.encode(key, row) for key, row in rows.items() if row is not None]
         deleted = [(key,) for key, row in rows.items() if row is None]
-        with self._file.writing() as connection:
+        # Rows and checkpoint share the transaction: if it is lost, the page is folded again.
+        with self._file.writing(durable=False) as connection:
             moved = connection.execute(
                 "UPDATE leftfold_checkpoints SET position = ? "
                 "WHERE name = ? AND version = ? AND position = ?",
