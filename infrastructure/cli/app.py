@@ -24,6 +24,7 @@ from leftfold.application.items import (
 )
 from leftfold.domain import LeftfoldError, Result
 from leftfold.infrastructure.cli.output import (
+    ReaderGoneError,
     complain,
     progress,
     say,
@@ -242,9 +243,9 @@ def run() -> int:
     except (KeyboardInterrupt, typer.Abort):
         complain("interrupted; what was committed stays")
         return INTERRUPTED
-    except BrokenPipeError:
+    except (ReaderGoneError, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        return FAILURE
+        return 0
     return code if isinstance(code, int) else 0
 
 

@@ -26,6 +26,10 @@ from rich.text import Text
 Told: TypeAlias = Callable[[str, int, int], None]
 
 
+class ReaderGoneError(Exception):
+    """The program that read our output has seen enough, as `| head` has."""
+
+
 class _Rate(ProgressColumn):
     """Rows a second."""
 
@@ -36,14 +40,14 @@ class _Rate(ProgressColumn):
 
 def show_json(document: object) -> None:
     """Print a document as JSON; decimals as numbers' exact text."""
-    sys.stdout.write(to_json(document, indent=2, fallback=str).decode() + "\n")
+    _write(to_json(document, indent=2, fallback=str).decode() + "\n")
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print rows: a table on a terminal, tab-separated lines with a header in a pipe."""
     if not sys.stdout.isatty():
         for row in (columns, *rows):
-            sys.stdout.write("\t".join(_plain(value) for value in row) + "\n")
+            _write("\t".join(_plain(value) for value in row) + "\n")
         return
     table = Table(title=title, title_justify="left")
     samples = rows[0] if rows else [""] * len(columns)
@@ -59,7 +63,7 @@ def show_facts(title: str, facts: Sequence[tuple[str, object]]) -> None:
     """Print names and values: a table on a terminal, `name<TAB>value` lines in a pipe."""
     if not sys.stdout.isatty():
         for name, value in facts:
-            sys.stdout.write(f"{name}\t{_plain(value)}\n")
+            _write(f"{name}\t{_plain(value)}\n")
         return
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column()
@@ -71,7 +75,7 @@ def show_facts(title: str, facts: Sequence[tuple[str, object]]) -> None:
 
 def say(line: str) -> None:
     """Print a line."""
-    sys.stdout.write(line + "\n")
+    _write(line + "\n")
 
 
 def complain(line: str) -> None:
@@ -106,6 +110,13 @@ def progress() -> Iterator[Told]:
             bar.update(task, completed=done, total=total or None)
 
         yield tell
+
+
+def _write(text: str) -> None:
+    try:
+        sys.stdout.write(text)
+    except BrokenPipeError:  # typer would make a failure of it
+        raise ReaderGoneError from None
 
 
 def _plain(value: object) -> str:

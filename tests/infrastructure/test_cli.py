@@ -92,6 +92,22 @@ def test_in_a_pipe_there_are_plain_lines(shop):
     assert "\x1b" not in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_seen_enough_is_no_failure(shop, unbuffered):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "leftfold.infrastructure.cli", "events", "21000A"],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        check=False,
+        timeout=60,
+        env={**os.environ, "LEFTFOLD_STORE": shop, "PYTHONUNBUFFERED": unbuffered},
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_migrate_makes_the_tables_alone(tmp_path):
     url = f"sqlite:///{tmp_path}/new.db"
     refused = leftfold("items", store=url, LEFTFOLD_CREATE_TABLES="false")
