@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeVar
 from uuid import UUID, uuid4
 
 import eventsourcing.application
-from eventsourcing.application import Application
+from eventsourcing.application import Application, ProcessingEvent
 from eventsourcing.domain import DomainEventProtocol, MutableOrImmutableAggregate
 from eventsourcing.persistence import EventStore, InfrastructureFactory, Mapper, Recording
 from eventsourcing.utils import Environment, EnvType
@@ -213,10 +213,21 @@ class Service(Application[UUID]):
         **kwargs: Any,
     ) -> list[Recording[UUID]]:
         """Save as the library does; inside a dispatch, stage and return nothing."""
-        if current_unit.get() is None:
+        aggregates = [obj for obj in objs if isinstance(obj, Aggregate)]
+        if current_unit.get() is not None:
+            self.repository.save(*aggregates)
+            return []
+        if kwargs or len(aggregates) < len(objs):
             return super().save(*objs, **kwargs)
-        self.repository.save(*(obj for obj in objs if isinstance(obj, Aggregate)))
-        return []
+        # As the library does, without its check of each object against a runtime protocol.
+        processing: ProcessingEvent[UUID] = ProcessingEvent()
+        for aggregate in aggregates:
+            processing.events.extend(aggregate.collect_events())
+            processing.aggregates[aggregate.id] = aggregate
+        recordings = self._record(processing)
+        self._take_snapshots(processing)
+        self._notify(recordings)
+        return recordings
 
     def close(self) -> None:
         """Close the service, and its store unless a runtime shares that with others."""

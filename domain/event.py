@@ -97,8 +97,9 @@ class Event(BaseModel, CanMutateAggregate[UUID]):
         Raises `OriginatorIDError` or `OriginatorVersionError` for another's event or a gap.
         """
         target = cast("Aggregate", aggregate)  # the library types it by its own base class
-        if self.originator_id != target._id:
-            raise OriginatorIDError(self.originator_id, target._id)
+        whose = self.originator_id
+        if whose is not target._id and whose != target._id:  # the first is quicker, and usual
+            raise OriginatorIDError(whose, target._id)
         if self.originator_version != target._version + 1:
             raise OriginatorVersionError(self.originator_version, target._version + 1)
         self.apply(target)

@@ -8,6 +8,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock  # noqa: TID251 - no thread is started: callers are threads
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -50,26 +51,27 @@ from leftfold.infrastructure.errors import (
 from leftfold.infrastructure.tables import SQLITE, ViewTable
 
 R = TypeVar("R")
+T = TypeVar("T")
 
 SCHEMA_VERSION = 1
 MAX_PARAMETERS = 500  # ids in one IN (…)
 MAX_VERSION = 2**62
 ROWS_AT_ONCE = 500
-POOL_SIZE = 8
+IDLE_READERS = 8
 ATTEMPTS_AT_WAL = 100  # others that open the same new file may come between
-CACHE = 32_768  # KiB of pages a connection keeps: the index on aggregates is written at random
+CACHE = 32_768  # KiB of pages the writer keeps: the index on aggregates is written at random
 
 TABLES = (
     # The position is declared, since VACUUM may renumber an undeclared rowid.
     """CREATE TABLE IF NOT EXISTS stored_events (
         position INTEGER PRIMARY KEY,
-        originator_id TEXT NOT NULL,
+        originator_id BLOB NOT NULL,
         originator_version INTEGER NOT NULL,
         topic TEXT NOT NULL,
         state BLOB NOT NULL,
         UNIQUE (originator_id, originator_version))""",
     """CREATE TABLE IF NOT EXISTS leftfold_commands (
-        command_id TEXT PRIMARY KEY,
+        command_id BLOB PRIMARY KEY,
         command TEXT NOT NULL,
         recorded_at TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ')),
         position INTEGER NOT NULL,
@@ -89,32 +91,31 @@ TABLES = (
 
 
 class SQLiteFile(SQLiteDatastore):
-    """The library's connections to one file, with transactions that hold the write lock at once.
+    """The connections to one file: one that writes, and as many as are needed that read.
 
-    A deferred BEGIN that reads and then writes fails at once where another process wrote in
-    between, in spite of the busy timeout.
+    Where one connection writes, its cache of pages stays valid between its transactions.
     """
 
     def __init__(self, path: str, lock_timeout: int) -> None:
         """Open connections on demand; wait up to `lock_timeout` seconds for the write lock."""
-        super().__init__(path, lock_timeout=lock_timeout, pool_size=POOL_SIZE)
-        connect = self.pool._create_connection
-
-        def connect_and_tune() -> SQLiteConnection:
-            connection = connect()
-            connection._sqlite_conn.execute(f"PRAGMA cache_size = -{CACHE}")
-            return connection
-
-        self.pool._create_connection = connect_and_tune  # type: ignore[method-assign]  # the library offers no other place
+        self._lock_timeout = lock_timeout
+        self._writers_turn = Lock()
+        self._writer: SQLiteConnection | None = None
+        self._is_durable: bool | None = None
+        self._readers: list[SQLiteConnection] = []
+        self._is_closed = False
+        super().__init__(path, lock_timeout=lock_timeout)
 
     @contextlib.contextmanager
     def writing(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
         """Commit what the block writes, or nothing.
 
-        A transaction that is not `durable` may be gone, as a whole, after a loss of power.
+        The transaction holds the write lock from its beginning: a deferred BEGIN that reads and
+        then writes fails at once where another process wrote in between, in spite of the busy
+        timeout. One that is not `durable` may be gone, as a whole, after a loss of power.
         """
-        with self._connection(is_writer=True) as connection:
-            connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+        with _library_errors(), self._lend_writer(durable=durable) as lent:
+            connection = lent._sqlite_conn
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield connection
@@ -126,8 +127,8 @@ class SQLiteFile(SQLiteDatastore):
     @contextlib.contextmanager
     def reading(self) -> Iterator[sqlite3.Cursor]:
         """Lend a cursor whose rows are plain tuples."""
-        with self._connection(is_writer=False) as connection:
-            cursor = connection.cursor()
+        with _library_errors(), self._lend_reader() as lent:
+            cursor = lent._sqlite_conn.cursor()
             cursor.row_factory = None
             try:
                 yield cursor
@@ -135,16 +136,71 @@ class SQLiteFile(SQLiteDatastore):
                 cursor.close()
 
     @contextlib.contextmanager
-    def _connection(self, *, is_writer: bool) -> Iterator[sqlite3.Connection]:
-        with self.get_connection(commit=is_writer) as connection:
-            try:
-                yield connection._sqlite_conn
-            except sqlite3.IntegrityError as error:
-                raise IntegrityError(str(error)) from error
-            except sqlite3.OperationalError as error:
-                raise OperationalError(str(error)) from error
-            except sqlite3.Error as error:
-                raise PersistenceError(str(error)) from error
+    def get_connection(self, *, commit: bool) -> Iterator[SQLiteConnection]:
+        """Lend a connection to the library's own recorders."""
+        with self._lend_writer(durable=True) if commit else self._lend_reader() as connection:
+            yield connection
+
+    @contextlib.contextmanager
+    def _lend_writer(self, *, durable: bool) -> Iterator[SQLiteConnection]:
+        if not self._writers_turn.acquire(timeout=self._lock_timeout):
+            msg = "database is locked by this process"
+            raise OperationalError(msg)
+        try:
+            if self._writer is None:
+                self._writer = self._connect()
+                self._writer._sqlite_conn.execute(f"PRAGMA cache_size = -{CACHE}")
+            if durable is not self._is_durable:
+                level = "FULL" if durable else "NORMAL"
+                self._writer._sqlite_conn.execute(f"PRAGMA synchronous = {level}")
+                self._is_durable = durable
+            yield self._writer
+        finally:
+            self._writers_turn.release()
+
+    @contextlib.contextmanager
+    def _lend_reader(self) -> Iterator[SQLiteConnection]:
+        try:
+            reader = self._readers.pop()  # the last returned: its cache is the newest
+        except IndexError:
+            reader = self._connect()
+        try:
+            yield reader
+        finally:
+            if self._is_closed or len(self._readers) >= IDLE_READERS:
+                reader.close()
+            else:
+                self._readers.append(reader)
+
+    def _connect(self) -> SQLiteConnection:
+        if self._is_closed:
+            msg = "the file is closed"
+            raise OperationalError(msg)
+        return self.pool._create_connection()
+
+    def close(self) -> None:
+        """Close all connections, those in use as soon as they are returned."""
+        self._is_closed = True
+        super().close()
+        while self._readers:
+            self._readers.pop().close()
+        with self._writers_turn:
+            if self._writer is not None:
+                self._writer.close()
+                self._writer = None
+
+
+@contextlib.contextmanager
+def _library_errors() -> Iterator[None]:
+    """Raise the driver's errors as the library's."""
+    try:
+        yield
+    except sqlite3.IntegrityError as error:
+        raise IntegrityError(str(error)) from error
+    except sqlite3.OperationalError as error:
+        raise OperationalError(str(error)) from error
+    except sqlite3.Error as error:
+        raise PersistenceError(str(error)) from error
 
 
 class SQLiteLog(SQLiteProcessRecorder):
@@ -161,12 +217,11 @@ class SQLiteLog(SQLiteProcessRecorder):
     def commit(self, groups: Sequence[Group]) -> list[Verdict]:
         try:
             with self.datastore.writing() as connection:
-                position = _head(connection)
                 if len(groups) == 1:
-                    return [_write_group(connection, groups[0], position)]
+                    return [_write_group(connection, groups[0])]
                 with contextlib.suppress(sqlite3.IntegrityError):
-                    return _write_all_at_once(connection, groups, position)
-                return _write_one_by_one(connection, groups, position)
+                    return _write_all_at_once(connection, groups)
+                return _write_one_by_one(connection, groups)
         except _Refused as refused:
             return [refused.verdict]
         except PersistenceError as error:
@@ -180,7 +235,7 @@ class SQLiteLog(SQLiteProcessRecorder):
                 cursor.execute(
                     "SELECT originator_version, topic, state FROM stored_events "
                     "WHERE originator_id = ? ORDER BY originator_version",
-                    (aggregate_id.hex,),
+                    (aggregate_id.bytes,),
                 )
                 found[aggregate_id] = [EncodedEvent(aggregate_id, *values) for values in cursor]
         return found
@@ -191,7 +246,7 @@ class SQLiteLog(SQLiteProcessRecorder):
             for aggregate_id in aggregate_ids:
                 cursor.execute(
                     "SELECT max(originator_version) FROM stored_events WHERE originator_id = ?",
-                    (aggregate_id.hex,),
+                    (aggregate_id.bytes,),
                 )
                 (version,) = cursor.fetchone()
                 if version is not None:
@@ -201,7 +256,7 @@ class SQLiteLog(SQLiteProcessRecorder):
     def commands(self, command_ids: Sequence[UUID]) -> dict[UUID, RecordedCommand]:
         found: dict[UUID, RecordedCommand] = {}
         with self.datastore.reading() as cursor:
-            for ids in _chunks([command_id.hex for command_id in command_ids]):
+            for ids in _chunks([command_id.bytes for command_id in command_ids]):
                 marks = ",".join("?" * len(ids))
                 cursor.execute(
                     "SELECT command_id, command, aggregates, position, answer "
@@ -209,7 +264,7 @@ class SQLiteLog(SQLiteProcessRecorder):
                     ids,
                 )
                 for command_id, command, aggregates, position, answer in cursor:
-                    key = UUID(command_id)
+                    key = UUID(bytes=command_id)
                     found[key] = RecordedCommand(
                         key, command, _aggregates(aggregates), position, answer
                     )
@@ -230,22 +285,23 @@ class SQLiteLog(SQLiteProcessRecorder):
 
     def head(self) -> int:
         with self.datastore.reading() as cursor:
-            return _head(cursor)
+            cursor.execute("SELECT max(position) FROM stored_events")
+            (position,) = cursor.fetchone()
+            return position or 0
 
     # The library's recorder
 
     def insert_events(self, stored_events: Sequence[StoredEvent], **kwargs: Any) -> list[int]:
         with self.datastore.writing() as connection:
-            first = _head(connection) + 1
             events = [
                 EncodedEvent(_as_uuid(e.originator_id), e.originator_version, e.topic, e.state)
                 for e in stored_events
             ]
-            _insert_events(connection, events, first)
+            last = _insert_events(connection, events)
             tracking: Tracking | None = kwargs.get("tracking")
             if tracking is not None:
                 self._insert_tracking(SQLiteCursor(connection.cursor()), tracking)
-        return list(range(first, first + len(stored_events)))
+        return list(range(last - len(events) + 1, last + 1))
 
     def select_events(
         self,
@@ -264,7 +320,7 @@ class SQLiteLog(SQLiteProcessRecorder):
                 "WHERE originator_id = ? AND originator_version > ? AND originator_version <= ? "
                 f"ORDER BY originator_version {direction} LIMIT ?",
                 (
-                    aggregate_id.hex,
+                    aggregate_id.bytes,
                     gt or 0,
                     MAX_VERSION if lte is None else lte,
                     -1 if limit is None else limit,
@@ -297,19 +353,18 @@ class _Refused(Exception):
         self.verdict = verdict
 
 
-def _head(source: sqlite3.Connection | sqlite3.Cursor) -> int:
-    row = source.execute("SELECT max(position) FROM stored_events").fetchone()
-    return row[0] or 0
-
-
-def _insert_events(
-    connection: sqlite3.Connection, events: Sequence[EncodedEvent], first: int
-) -> None:
+def _insert_events(connection: sqlite3.Connection, events: Sequence[EncodedEvent]) -> int:
+    """Insert events at the positions that follow; return the last one's (0 without events)."""
     rows = [
-        (position, aggregate_id.hex, version, topic, state)
-        for position, (aggregate_id, version, topic, state) in enumerate(events, first)
+        (aggregate_id.bytes, version, topic, state)
+        for aggregate_id, version, topic, state in events
     ]
-    _insert_rows(connection, "INSERT INTO stored_events VALUES ", "", rows)
+    insert = "INSERT INTO stored_events (originator_id, originator_version, topic, state) VALUES "
+    if len(rows) == 1:
+        return connection.execute(insert + "(?,?,?,?)", rows[0]).lastrowid or 0
+    _insert_rows(connection, insert, "", rows)
+    # The database gives each row the position after the highest, and none is ever deleted.
+    return connection.execute("SELECT last_insert_rowid()").fetchone()[0] if rows else 0
 
 
 def _insert_rows(
@@ -331,24 +386,20 @@ def _insert_rows(
     connection.executemany(insert + marks + conflict, rows[whole:])
 
 
-def _insert_saves(connection: sqlite3.Connection, saves: Iterable[Save], head: int) -> list[int]:
-    events: list[EncodedEvent] = []
+def _insert_saves(connection: sqlite3.Connection, saves: Iterable[Save]) -> list[int]:
+    """Insert the events and the ids of commands; return the position of each one's last event."""
+    saves = list(saves)
+    events = [event for save in saves for event in save.events]
+    position = _insert_events(connection, events) - len(events)
     commands: list[tuple[object, ...]] = []
     positions: list[int] = []
     for save in saves:
-        events.extend(save.events)
-        position = head + len(events) if save.events else 0
-        positions.append(position)
+        position += len(save.events)
+        positions.append(position if save.events else 0)
+        aggregates = json.dumps([[i.hex, version] for i, version in save.aggregates])
         commands.append(
-            (
-                save.command_id.hex,
-                save.command,
-                position,
-                json.dumps([[i.hex, version] for i, version in save.aggregates]),
-                save.answer,
-            )
+            (save.command_id.bytes, save.command, positions[-1], aggregates, save.answer)
         )
-    _insert_events(connection, events, head + 1)
     connection.executemany(
         "INSERT INTO leftfold_commands (command_id, command, position, aggregates, answer) "
         "VALUES (?, ?, ?, ?, ?)",
@@ -357,40 +408,33 @@ def _insert_saves(connection: sqlite3.Connection, saves: Iterable[Save], head: i
     return positions
 
 
-def _write_group(connection: sqlite3.Connection, group: Group, head: int) -> Committed:
+def _write_group(connection: sqlite3.Connection, group: Group) -> Committed:
     try:
-        return Committed(tuple(_insert_saves(connection, group, head)))
+        return Committed(tuple(_insert_saves(connection, group)))
     except sqlite3.IntegrityError as error:
         raise _Refused(_verdict(error)) from None
 
 
-def _write_all_at_once(
-    connection: sqlite3.Connection, groups: Sequence[Group], head: int
-) -> list[Verdict]:
+def _write_all_at_once(connection: sqlite3.Connection, groups: Sequence[Group]) -> list[Verdict]:
     connection.execute("SAVEPOINT together")
     try:
         saves = [save for group in groups for save in group]
-        positions = iter(_insert_saves(connection, saves, head))
+        positions = iter(_insert_saves(connection, saves))
     except sqlite3.IntegrityError:
         connection.execute("ROLLBACK TO together")
         raise
     return [Committed(tuple(next(positions) for _ in group)) for group in groups]
 
 
-def _write_one_by_one(
-    connection: sqlite3.Connection, groups: Sequence[Group], head: int
-) -> list[Verdict]:
+def _write_one_by_one(connection: sqlite3.Connection, groups: Sequence[Group]) -> list[Verdict]:
     verdicts: list[Verdict] = []
     for group in groups:
         connection.execute("SAVEPOINT alone")
         try:
-            positions = _insert_saves(connection, group, head)
+            verdicts.append(Committed(tuple(_insert_saves(connection, group))))
         except sqlite3.IntegrityError as error:
             connection.execute("ROLLBACK TO alone")
             verdicts.append(_verdict(error))
-        else:
-            verdicts.append(Committed(tuple(positions)))
-            head += sum(len(save.events) for save in group)
         connection.execute("RELEASE alone")
     return verdicts
 
@@ -404,15 +448,15 @@ def _aggregates(text: str) -> tuple[tuple[UUID, int], ...]:
 
 
 @lru_cache(maxsize=65_536)
-def _uuid(text: str) -> UUID:
-    return UUID(text)
+def _uuid(stored: bytes) -> UUID:
+    return UUID(bytes=stored)
 
 
 def _as_uuid(aggregate_id: UUID | str) -> UUID:
     return aggregate_id if isinstance(aggregate_id, UUID) else UUID(aggregate_id)
 
 
-def _chunks(ids: list[str]) -> Iterator[list[str]]:
+def _chunks(ids: list[T]) -> Iterator[list[T]]:
     for begin in range(0, len(ids), MAX_PARAMETERS):
         yield ids[begin : begin + MAX_PARAMETERS]
 
