@@ -59,6 +59,8 @@ MAX_VERSION = 2**62
 ROWS_AT_ONCE = 500
 IDLE_READERS = 8
 ATTEMPTS_AT_WAL = 100  # others that open the same new file may come between
+BULK = 500  # rows from which a transaction is large
+CHECKPOINT, BULK_CHECKPOINT = 1_000, 8_000  # pages in the write-ahead log before it is moved
 CACHE = 32_768  # KiB of pages the writer keeps: the index on aggregates is written at random
 
 TABLES = (
@@ -101,20 +103,20 @@ class SQLiteFile(SQLiteDatastore):
         self._lock_timeout = lock_timeout
         self._writers_turn = Lock()
         self._writer: SQLiteConnection | None = None
-        self._is_durable: bool | None = None
+        self._tuned: dict[str, int | str] = {}
         self._readers: list[SQLiteConnection] = []
         self._is_closed = False
         super().__init__(path, lock_timeout=lock_timeout)
 
     @contextlib.contextmanager
-    def writing(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
-        """Commit what the block writes, or nothing.
+    def writing(self, rows: int = 0, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
+        """Commit what the block writes, about so many rows, or nothing.
 
         The transaction holds the write lock from its beginning: a deferred BEGIN that reads and
         then writes fails at once where another process wrote in between, in spite of the busy
         timeout. One that is not `durable` may be gone, as a whole, after a loss of power.
         """
-        with _library_errors(), self._lend_writer(durable=durable) as lent:
+        with _library_errors(), self._lend_writer(rows, durable=durable) as lent:
             connection = lent._sqlite_conn
             connection.execute("BEGIN IMMEDIATE")
             try:
@@ -138,25 +140,31 @@ class SQLiteFile(SQLiteDatastore):
     @contextlib.contextmanager
     def get_connection(self, *, commit: bool) -> Iterator[SQLiteConnection]:
         """Lend a connection to the library's own recorders."""
-        with self._lend_writer(durable=True) if commit else self._lend_reader() as connection:
+        with self._lend_writer() if commit else self._lend_reader() as connection:
             yield connection
 
     @contextlib.contextmanager
-    def _lend_writer(self, *, durable: bool) -> Iterator[SQLiteConnection]:
+    def _lend_writer(self, rows: int = 0, *, durable: bool = True) -> Iterator[SQLiteConnection]:
         if not self._writers_turn.acquire(timeout=self._lock_timeout):
             msg = "database is locked by this process"
             raise OperationalError(msg)
         try:
             if self._writer is None:
                 self._writer = self._connect()
-                self._writer._sqlite_conn.execute(f"PRAGMA cache_size = -{CACHE}")
-            if durable is not self._is_durable:
-                level = "FULL" if durable else "NORMAL"
-                self._writer._sqlite_conn.execute(f"PRAGMA synchronous = {level}")
-                self._is_durable = durable
+                self._tune(self._writer, "cache_size", -CACHE)
+            self._tune(self._writer, "synchronous", "FULL" if durable else "NORMAL")
+            # Large transactions write the same pages again and again: move them once for many.
+            # Small ones are better served by a short log, which stops growing sooner.
+            checkpoint = CHECKPOINT if rows < BULK else BULK_CHECKPOINT
+            self._tune(self._writer, "wal_autocheckpoint", checkpoint)
             yield self._writer
         finally:
             self._writers_turn.release()
+
+    def _tune(self, writer: SQLiteConnection, pragma: str, value: int | str) -> None:
+        if self._tuned.get(pragma) != value:
+            writer._sqlite_conn.execute(f"PRAGMA {pragma} = {value}")
+            self._tuned[pragma] = value
 
     @contextlib.contextmanager
     def _lend_reader(self) -> Iterator[SQLiteConnection]:
@@ -216,7 +224,8 @@ class SQLiteLog(SQLiteProcessRecorder):
 
     def commit(self, groups: Sequence[Group]) -> list[Verdict]:
         try:
-            with self.datastore.writing() as connection:
+            events = sum(len(save.events) for group in groups for save in group)
+            with self.datastore.writing(events) as connection:
                 if len(groups) == 1:
                     return [_write_group(connection, groups[0])]
                 with contextlib.suppress(sqlite3.IntegrityError):
@@ -292,7 +301,7 @@ class SQLiteLog(SQLiteProcessRecorder):
     # The library's recorder
 
     def insert_events(self, stored_events: Sequence[StoredEvent], **kwargs: Any) -> list[int]:
-        with self.datastore.writing() as connection:
+        with self.datastore.writing(len(stored_events)) as connection:
             events = [
                 EncodedEvent(_as_uuid(e.originator_id), e.originator_version, e.topic, e.state)
                 for e in stored_events
@@ -504,7 +513,7 @@ class SQLiteViews:
         changed = [table.encode(key, row) for key, row in rows.items() if row is not None]
         deleted = [(key,) for key, row in rows.items() if row is None]
         # Rows and checkpoint share the transaction: if it is lost, the page is folded again.
-        with self._file.writing(durable=False) as connection:
+        with self._file.writing(len(rows), durable=False) as connection:
             moved = connection.execute(
                 "UPDATE leftfold_checkpoints SET position = ? "
                 "WHERE name = ? AND version = ? AND position = ?",
