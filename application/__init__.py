@@ -1,12 +1,13 @@
 """The application layer: commands, queries, services, projections, and the ports they need."""
 
-from leftfold.application.bus import CommandBus, Dispatch, Middleware, QueryBus
+from leftfold.application.bus import CommandBus, Dispatch, Middleware, QueryBus, Step
 from leftfold.application.errors import (
     AlreadyHandledError,
     CommandIdReused,
     Conflict,
     DispatchError,
     EventStoreUnavailable,
+    InvalidAnswerError,
     InvalidModelError,
     NestedDispatchError,
     NoHandlerError,
@@ -17,6 +18,7 @@ from leftfold.application.errors import (
     UnsavedEventsError,
     ValidationFailed,
     ViewBehind,
+    ViewStopped,
 )
 from leftfold.application.mapper import EventMapper
 from leftfold.application.messages import Command, CommandHandler, Handling, Query, QueryHandler
@@ -39,6 +41,7 @@ __all__ = [
     "EventStoreUnavailable",
     "Handling",
     "Histories",
+    "InvalidAnswerError",
     "InvalidModelError",
     "Middleware",
     "Model",
@@ -55,10 +58,12 @@ __all__ = [
     "Repository",
     "Service",
     "ShuttingDown",
+    "Step",
     "UnknownTopicError",
     "UnreadableEventError",
     "UnsavedEventsError",
     "ValidationFailed",
     "ViewBehind",
+    "ViewStopped",
     "Views",
 ]

@@ -13,6 +13,7 @@ from pydantic import ConfigDict, SkipValidation, ValidationError
 from leftfold.application.errors import (
     AlreadyHandledError,
     DispatchError,
+    InvalidAnswerError,
     NoHandlerError,
     ValidationFailed,
 )
@@ -63,9 +64,16 @@ async def handle(dispatch: Dispatch[Any]) -> Outcome:
     """Call the handler: the innermost step where nothing else is wired."""
     try:
         answer = dispatch.handling.handler(dispatch.message)
-        return await answer if isawaitable(answer) else answer
+        return checked(dispatch, await answer if isawaitable(answer) else answer)
     except (DomainError, DispatchError) as error:
         return Err(error)
+
+
+def checked(dispatch: Dispatch[Any], answer: Outcome) -> Outcome:
+    """Pass a result on. Raises `InvalidAnswerError` for anything else."""
+    if not isinstance(answer, (Ok, Err)):
+        raise InvalidAnswerError(dispatch.name, type(answer).__name__)
+    return answer
 
 
 class Bus(Generic[M]):
@@ -133,7 +141,7 @@ class Bus(Generic[M]):
         message_type = type(message)
         handling = self._handlings.get(message_type)
         if handling is None:
-            if message_type.execute is Message.execute:
+            if getattr(message_type, "execute", Message.execute) is Message.execute:
                 raise NoHandlerError(message_type.__name__)
             handling = Handling(message_type, _execute)
         return handling

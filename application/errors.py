@@ -61,10 +61,28 @@ class ViewBehind(DispatchError, message="{projection} is at {position}, not yet 
     wanted: int
 
 
+class ViewStopped(
+    ViewBehind, message="{projection} stopped at {position}, before {wanted}: {reason}"
+):
+    """A view met an event that it cannot fold, and will not reach the wanted position."""
+
+    reason: str
+
+
 class NoHandlerError(LeftfoldError, message="no handler for {name}"):
     """Nothing handles this command or query: an error in the program."""
 
     name: str
+
+
+class InvalidAnswerError(
+    LeftfoldError, message="the handler of {name} answered {answer}, neither Ok nor Err"
+):
+    """A handler answered something else than a result: an error in the program."""
+
+    name: str
+    answer: str
+    """The answer's type."""
 
 
 class AlreadyHandledError(LeftfoldError, message="{name} has a handler already"):

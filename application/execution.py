@@ -13,7 +13,7 @@ from uuid import UUID
 from eventsourcing.persistence import PersistenceError
 from pydantic import TypeAdapter
 
-from leftfold.application.bus import Batch, Dispatch, Outcome
+from leftfold.application.bus import Batch, Dispatch, Outcome, checked
 from leftfold.application.errors import (
     CommandIdReused,
     Conflict,
@@ -181,7 +181,7 @@ class Execution:
                     answer = await self._platform.in_thread(handler, part.message)
                 else:
                     answer = handler(part.message)
-                return await answer if isawaitable(answer) else answer
+                return checked(part, await answer if isawaitable(answer) else answer)
             except (DomainError, DispatchError) as refusal:
                 return Err(refusal)
             except NotInMemory as missing:

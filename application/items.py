@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
@@ -18,9 +18,11 @@ from leftfold.application.receipt import Receipt
 from leftfold.application.service import Service
 from leftfold.domain import WHEN_RECORDED, DomainEvent, Err, Ok, Personal, Result
 from leftfold.domain.items import (
-    MAX_AMOUNT,
+    MAX_PRICE,
     MAX_PRICE_DECIMALS,
+    MAX_QUANTITY,
     MAX_SKU_LENGTH,
+    MAX_STOCK,
     Item,
     ItemAlreadyRegistered,
     ItemDiscontinued,
@@ -46,18 +48,27 @@ def _storable(text: str) -> str:
     return text
 
 
+def _as_utc(moment: datetime) -> datetime:
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:
+        msg = "is beyond the years 1 to 9999 in UTC"
+        raise ValueError(msg) from None
+
+
+Moment = Annotated[AwareDatetime, AfterValidator(_as_utc)]
 Text = Annotated[str, AfterValidator(_storable)]
 Sku = Annotated[Text, StringConstraints(min_length=1, max_length=MAX_SKU_LENGTH)]
-Quantity = Annotated[int, Field(gt=0, le=MAX_AMOUNT, strict=True)]
-StockLevel = Annotated[int, Field(ge=0, le=MAX_AMOUNT, strict=True)]
-Price = Annotated[Decimal, Field(ge=0, le=MAX_AMOUNT, decimal_places=MAX_PRICE_DECIMALS)]
+Quantity = Annotated[int, Field(gt=0, le=MAX_QUANTITY, strict=True)]
+StockLevel = Annotated[int, Field(ge=0, le=MAX_STOCK, strict=True)]
+Price = Annotated[Decimal, Field(ge=0, le=MAX_PRICE, decimal_places=MAX_PRICE_DECIMALS)]
 
 
 class ItemCommand(Command[Receipt, ItemError]):
     """A command to one item. `occurred_at` is when it happened, if not just now."""
 
     sku: Sku
-    occurred_at: AwareDatetime = WHEN_RECORDED
+    occurred_at: Moment = WHEN_RECORDED
 
 
 class RegisterItem(ItemCommand):
@@ -124,7 +135,7 @@ class InvoiceLine(BaseModel):
     country: Text = ""
     customer_id: Personal[Text] | None = None
     reason: Text = ""
-    occurred_at: AwareDatetime = WHEN_RECORDED
+    occurred_at: Moment = WHEN_RECORDED
 
 
 class RecordInvoice(Command[Receipt, ItemError]):
@@ -413,7 +424,7 @@ class ItemAsOf(Query[ItemState, ItemNotFound]):
     """
 
     sku: Sku
-    at: AwareDatetime | None = None
+    at: Moment | None = None
     version: Annotated[int, Field(ge=1)] | None = None
 
 

@@ -23,7 +23,17 @@ from leftfold.application.receipt import Receipt
 from leftfold.domain import Aggregate, DomainEvent, Err, Event
 
 R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 A = TypeVar("A", bound=Aggregate)
+
+
+class ViewOf(Protocol[R_co]):
+    """A projection, seen by who reads its rows."""
+
+    @property
+    def row(self) -> type[R_co]:
+        """The rows' type."""
+        ...
 
 
 class Views(Protocol):
@@ -32,7 +42,7 @@ class Views(Protocol):
     All raise `ViewBehind` if the view does not get there in time.
     """
 
-    async def get(self, projection: Projection[R], key: str) -> R | None:
+    async def get(self, projection: ViewOf[R], key: str) -> R | None:
         """Return the row under a key, if it is a member of the view."""
         ...
 
@@ -129,13 +139,27 @@ def read_cursor(projection: Projection[Any], order: Order, cursor: str) -> Seek:
     try:
         document = json.loads(base64.urlsafe_b64decode(cursor.encode()))
         text, key, value = document
-        if text != _order_text(order) or not isinstance(key, str) or not key.isprintable():
+        if text != _order_text(order):
             raise ValueError(text)  # noqa: TRY301 - one way out for every fault
-        return Seek(_column_type(projection, order).validate_python(value), key)
+        return Seek(_storable(_column_type(projection, order).validate_python(value)), _text(key))
     except (ValueError, TypeError, RecursionError, binascii.Error, ValidationError):
         raise ValidationFailed(
             projection.name, (("cursor", "is not a cursor of this order"),)
         ) from None
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(value)
+    _storable(value)
+    return value
+
+
+def _storable(value: object) -> object:
+    """Pass a value that databases can look for. Raises `ValueError`."""
+    if isinstance(value, str) and ("\0" in value or not value.encode()):  # half a pair: raises
+        raise ValueError(value)
+    return value
 
 
 def _order_text(order: Order) -> str:

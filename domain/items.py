@@ -15,7 +15,10 @@ from leftfold.domain.specification import Specification, attr
 
 MAX_SKU_LENGTH = 20  # characters
 MAX_PRICE_DECIMALS = 3
-MAX_AMOUNT = 1_000_000_000  # of pieces in one movement, and of a unit price
+MAX_STOCK = 1_000_000_000  # pieces that an item begins with, or is reordered at
+MAX_QUANTITY = 1_000_000  # pieces in one movement
+MAX_PRICE = 100_000
+"""With `MAX_QUANTITY`, one movement is worth 10^11 at most; views sum up to 9.2 * 10^12."""
 
 
 # Errors ---------------------------------------------------------------------------------------
@@ -178,7 +181,7 @@ class Item(
         if not 1 <= len(sku) <= MAX_SKU_LENGTH or not is_text(sku):
             raise InvalidSku(sku)
         for level in (opening_stock, reorder_level):
-            if not 0 <= level <= MAX_AMOUNT:
+            if not 0 <= level <= MAX_STOCK:
                 raise InvalidStock(level)
         registered = ItemRegistered(
             sku=sku,
@@ -283,7 +286,7 @@ def _valid_name(name: str) -> str:
 
 
 def _valid_quantity(quantity: int) -> int:
-    if not 0 < quantity <= MAX_AMOUNT:
+    if not 0 < quantity <= MAX_QUANTITY:
         raise InvalidQuantity(quantity)
     return quantity
 
@@ -291,7 +294,7 @@ def _valid_quantity(quantity: int) -> int:
 def _valid_price(price: Decimal) -> Decimal:
     if (
         not price.is_finite()
-        or not 0 <= price <= MAX_AMOUNT
+        or not 0 <= price <= MAX_PRICE
         or price != round(price, MAX_PRICE_DECIMALS)
     ):
         raise InvalidPrice(price)

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 from cachetools import LRUCache
 from eventsourcing.persistence import InterfaceError, OperationalError
 
-from leftfold.application import EventMapper, Projection, ViewBehind
+from leftfold.application import EventMapper, Projection, ViewBehind, ViewStopped
 from leftfold.application.ports import Log, Platform, ViewStore
 from leftfold.domain import LeftfoldError
 from leftfold.infrastructure.errors import ProjectionFailedError
@@ -112,7 +112,7 @@ class Follower(Generic[R]):
         if self.position >= position:
             return
         if self.failure is not None or self._is_stopping:
-            raise ViewBehind(self.projection.name, self.position, position)
+            raise self._behind(position)
         seen: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((position, seen))
         self.wake()
@@ -122,7 +122,13 @@ class Follower(Generic[R]):
         except TimeoutError:
             pass
         if self.position < position:
-            raise ViewBehind(self.projection.name, self.position, position)
+            raise self._behind(position)
+
+    def _behind(self, wanted: int) -> ViewBehind:
+        name, position = self.projection.name, self.position
+        if self.failure is None:
+            return ViewBehind(name, position, wanted)
+        return ViewStopped(name, position, wanted, str(self.failure))
 
     def fold_page(self) -> bool:
         """Fold the next events into the view; tell whether there may be more to do."""
@@ -130,7 +136,7 @@ class Follower(Generic[R]):
         begun = views.checkpoint(projection)
         if begun != self._rows_at:
             self._rows.clear()
-        head = self._log.head()
+        head = self.head = self._log.head()
         logged = self._log.read(begun, self._page_size, self._topics) if head > begun else []
         is_full = len(logged) == self._page_size
         end = begun

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TypeAlias
 from uuid import NAMESPACE_URL, UUID, uuid5
 
@@ -24,7 +26,7 @@ from leftfold.infrastructure.platform import SystemPlatform
 from leftfold.infrastructure.retail import Survey, invoice_of, read_runs, survey
 from leftfold.infrastructure.runtime import Runtime
 
-BATCH_ROWS = 4_000
+BATCH_ROWS = 8_000
 """Rows after which a transaction is full; an invoice is never split."""
 CATCH_UP_TIMEOUT = 600.0
 """Seconds that the view may need for what is left after the last invoice."""
@@ -108,17 +110,16 @@ class _Import:
         self._rows = 0
 
     async def run(self) -> Summary:
-        try:
+        with closing(self._platform), TemporaryFile(prefix="leftfold-") as text:
+            self._text = text
             self._progress("reading", 0, 0)
-            found = await self._platform.in_thread(survey, self._path)
+            found = await self._platform.in_thread(survey, self._path, text)
             self._namespace = uuid5(NAMESPACE_URL, f"leftfold:import:{found.digest}")
             await self._register(found)
             await self._record(found)
             self._runtime.follow()
             (await self._runtime.catch_up(CATCH_UP_TIMEOUT)).unwrap()
             return await self._sum_up(found)
-        finally:
-            self._platform.close()
 
     async def _register(self, found: Survey) -> None:
         commands: list[Identified] = [
@@ -176,7 +177,7 @@ class _Import:
 
     def _batches(self) -> Iterator[_Batch]:
         batch = _Batch()
-        for number, invoice, rows in read_runs(self._path):
+        for number, invoice, rows in read_runs(self._path.name, self._text):
             if rows:
                 command = invoice_of(invoice, rows)
                 batch.add(uuid5(self._namespace, str(number)), command, rows[0].line, rows[-1].line)

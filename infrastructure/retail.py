@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Literal, NamedTuple
 
 from leftfold.application.items import RecordInvoice
-from leftfold.domain.items import MAX_AMOUNT, MAX_PRICE_DECIMALS
+from leftfold.domain.items import MAX_PRICE, MAX_PRICE_DECIMALS, MAX_QUANTITY, MAX_STOCK
 from leftfold.infrastructure.errors import InfrastructureError
 
 HEADER = (
@@ -37,7 +37,12 @@ HEADER = (
 PRODUCT = re.compile(r"[0-9]{5}[A-Za-z]{0,2}|DCGS[^\0]{0,16}|gift_0001_[^\0]{0,10}|PADS")
 """The codes that are SKUs, none of which is longer than one may be."""
 
+WHOLE = re.compile(r"[+-]?[0-9]{1,100}")
+NUMBER = re.compile(r"[+-]?[0-9]{1,100}(\.[0-9]{0,100})?([eE][+-]?[0-9]{1,3})?")
 MOMENT = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}")
+
+LONGEST_SHOWN = 40
+"""Characters of a faulty field that are shown."""
 
 Kind = Literal["sale", "return", "write_off", "receipt", "skipped", "odd"]
 """`skipped`: the code is no product. `odd`: a product's row of no known shape."""
@@ -94,14 +99,15 @@ class Survey:
     products: dict[str, Product] = field(default_factory=dict)
 
 
-def survey(path: Path) -> Survey:
-    """Read the file once: count its rows, and find each item's name, price and opening stock.
+def survey(path: Path, copy: IO[bytes] | None = None) -> Survey:
+    """Read the file: count its rows, and find each item's name, price and opening stock.
 
-    Raises `DamagedFileError`.
+    The file's text goes to `copy` too, for `read_runs`: so what was surveyed is what is read,
+    whatever becomes of the file. Raises `DamagedFileError`.
     """
     found = Survey()
     digest = hashlib.sha256()
-    for row in read_rows(path, digest):
+    for row in read_rows(path, digest, copy):
         found.rows += 1
         found.kinds[row.kind] += 1
         if row.kind == "skipped":
@@ -116,19 +122,23 @@ def survey(path: Path) -> Survey:
         # Sold goods leave and returned ones, whose quantity is negative, come back.
         product.stock += -row.quantity if row.kind in {"sale", "return"} else row.quantity
         product.opening_stock = max(product.opening_stock, -product.stock)
+        if product.opening_stock > MAX_STOCK:
+            reason = f"{row.code} would need an opening stock of {product.opening_stock}"
+            raise DamagedFileError(path.name, row.line, reason)
         product.name = product.name or row.description.strip()
         product.unit_price = product.unit_price or row.price
     found.digest = digest.hexdigest()
     return found
 
 
-def read_runs(path: Path) -> Iterator[tuple[int, str, list[Row]]]:
+def read_runs(name: str, text: IO[bytes]) -> Iterator[tuple[int, str, list[Row]]]:
     """Yield each run of consecutive rows of one invoice: its number from 0, the invoice, the rows.
 
     Rows that are no movement of a product are left out; a run may be left without any.
-    Raises `DamagedFileError`.
+    `text` is the copy of a survey. Raises `DamagedFileError`.
     """
-    runs = groupby(read_rows(path), key=attrgetter("invoice"))
+    text.seek(0)
+    runs = groupby(_parse(name, _as_text(text)), key=attrgetter("invoice"))
     for number, (invoice, rows) in enumerate(runs):
         yield number, invoice, [row for row in rows if row.kind not in {"skipped", "odd"}]
 
@@ -158,70 +168,86 @@ def invoice_of(invoice: str, rows: Iterable[Row]) -> RecordInvoice:
     return RecordInvoice.model_validate({"invoice": invoice, "lines": lines})
 
 
-def read_rows(path: Path, digest: hashlib._Hash | None = None) -> Iterator[Row]:
-    """Yield the file's rows; feed what is read to the digest. Raises `DamagedFileError`."""
-    line = 1
+def read_rows(
+    path: Path, digest: hashlib._Hash | None = None, copy: IO[bytes] | None = None
+) -> Iterator[Row]:
+    """Yield a file's rows; give what is read to a digest and a copy. Raises `DamagedFileError`."""
     try:
-        with open_text(path, digest) as text:
-            reader = csv.reader(text, strict=True)
-            header = next(reader, None)
-            if header is None or tuple(header) != HEADER:
-                raise DamagedFileError(path.name, 1, f"the header is not {','.join(HEADER)}")
-            for fields in reader:
-                line = reader.line_num
-                yield _row(path, line, fields)
-    except UnicodeDecodeError:
-        line, reason = _find_undecodable(path)
-        raise DamagedFileError(path.name, line, reason) from None
+        with _unpack(path) as packed:
+            yield from _parse(path.name, _as_text(_Tee(packed, digest, copy)))
+    except (UnicodeDecodeError, _NulError) as error:
+        with _unpack(path) as packed:
+            raise DamagedFileError(path.name, *_find_fault(packed)) from error
+
+
+def _parse(name: str, text: io.TextIOWrapper) -> Iterator[Row]:
+    line = 0
+    try:
+        reader = csv.reader(text, strict=True)
+        header = next(reader, None)
+        if header is None or tuple(header) != HEADER:
+            raise DamagedFileError(name, 1, f"the header is not {','.join(HEADER)}")
+        for fields in reader:
+            line = reader.line_num
+            if fields:
+                yield _row(name, line, fields)
     except (EOFError, OSError, lzma.LZMAError, zlib.error, csv.Error) as error:
-        raise DamagedFileError(path.name, line + 1, str(error) or type(error).__name__) from None
+        raise DamagedFileError(name, line + 1, str(error) or type(error).__name__) from None
 
 
-def open_text(path: Path, digest: hashlib._Hash | None = None) -> io.TextIOWrapper:
-    """Open a `.csv`, `.csv.gz` or `.csv.xz` file as text, feeding its bytes to the digest."""
-    binary: io.BufferedIOBase | IO[bytes]
-    match path.suffix:
+def _unpack(path: Path) -> IO[bytes]:
+    match path.suffix.lower():
         case ".xz":
-            binary = lzma.open(path)  # noqa: SIM115 - the caller closes the wrapper around it
+            return lzma.open(path)
         case ".gz":
-            binary = gzip.open(path)  # noqa: SIM115 - see above
+            return gzip.open(path)  # type: ignore[return-value]  # see above
         case _:
-            binary = path.open("rb")
-    source = _Digested(binary, digest) if digest is not None else binary
-    return io.TextIOWrapper(source, encoding="utf-8", newline="")  # type: ignore[arg-type]  # a reader is all it needs
+            return path.open("rb")
 
 
-class _Digested(io.BufferedIOBase):
-    """Passes bytes on and feeds them to a digest."""
+def _as_text(binary: io.BufferedIOBase | IO[bytes]) -> io.TextIOWrapper:
+    return io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")  # type: ignore[arg-type]  # a reader is all it needs
 
-    def __init__(self, source: io.BufferedIOBase | IO[bytes], digest: hashlib._Hash) -> None:
+
+class _NulError(ValueError):
+    """The file holds a NUL character, which databases cannot keep in a text."""
+
+
+class _Tee(io.BufferedIOBase):
+    """Passes bytes on, and gives them to a digest and a copy."""
+
+    def __init__(
+        self, source: IO[bytes], digest: hashlib._Hash | None, copy: IO[bytes] | None
+    ) -> None:
         self._source = source
         self._digest = digest
+        self._copy = copy
 
     def readable(self) -> bool:
         return True
 
     def read(self, size: int | None = -1, /) -> bytes:
         data = self._source.read(-1 if size is None else size)
-        self._digest.update(data)
+        if b"\0" in data:
+            raise _NulError
+        if self._digest is not None:
+            self._digest.update(data)
+        if self._copy is not None:
+            self._copy.write(data)
         return data
 
     def read1(self, size: int = -1, /) -> bytes:
         return self.read(size)
 
-    def close(self) -> None:
-        self._source.close()
-        super().close()
 
-
-def _row(path: Path, line: int, fields: list[str]) -> Row:
+def _row(name: str, line: int, fields: list[str]) -> Row:
     try:
         invoice, code, description, quantity, at, price, customer, country = fields
     except ValueError:
         reason = f"{len(fields)} fields instead of {len(HEADER)}"
-        raise DamagedFileError(path.name, line, reason) from None
+        raise DamagedFileError(name, line, reason) from None
     try:
-        pieces = int(quantity)
+        pieces = _whole(quantity)
         unit_price, is_price = _price(price)
         kind: Kind = "skipped"
         if _is_product(code):
@@ -240,15 +266,15 @@ def _row(path: Path, line: int, fields: list[str]) -> Row:
         )
     except (ValueError, InvalidOperation):
         faults = [
-            f"{name} {text!r} is not {what}"
-            for name, text, what, parse in (
-                ("Quantity", quantity, "a whole number", int),
+            f"{column} {text[:LONGEST_SHOWN]!r} is not {what}"
+            for column, text, what, parse in (
+                ("Quantity", quantity, "a whole number", _whole),
                 ("InvoiceDate", at, "a time YYYY-MM-DD HH:MM", _moment),
                 ("UnitPrice", price, "a number", _price),
             )
             if not _parses(parse, text)
         ]
-        raise DamagedFileError(path.name, line, "; ".join(faults)) from None
+        raise DamagedFileError(name, line, "; ".join(faults)) from None
 
 
 def _parses(parse: object, text: str) -> bool:
@@ -257,6 +283,13 @@ def _parses(parse: object, text: str) -> bool:
     except (ValueError, InvalidOperation):
         return False
     return True
+
+
+@lru_cache(maxsize=1_024)
+def _whole(text: str) -> int:
+    if not WHOLE.fullmatch(text):
+        raise ValueError(text)
+    return int(text)
 
 
 @lru_cache(maxsize=1_024)
@@ -269,10 +302,10 @@ def _moment(text: str) -> datetime:
 @lru_cache(maxsize=8_192)
 def _price(text: str) -> tuple[Decimal, bool]:
     """Read a price, and tell whether an item can have it."""
-    price = Decimal(text)
-    if not price.is_finite():
+    if not NUMBER.fullmatch(text):
         raise ValueError(text)
-    return price, 0 <= price <= MAX_AMOUNT and price == round(price, MAX_PRICE_DECIMALS)
+    price = Decimal(text)
+    return price, 0 <= price <= MAX_PRICE and price == round(price, MAX_PRICE_DECIMALS)
 
 
 @lru_cache(maxsize=65_536)
@@ -281,9 +314,9 @@ def _is_product(code: str) -> bool:
 
 
 def _shape(invoice: str, quantity: int, price: Decimal) -> Kind:
-    if 0 < quantity <= MAX_AMOUNT:
+    if 0 < quantity <= MAX_QUANTITY:
         return "sale" if price else "receipt"
-    if -MAX_AMOUNT <= quantity < 0:
+    if -MAX_QUANTITY <= quantity < 0:
         if invoice.startswith("C"):
             return "return"
         if not price:
@@ -295,12 +328,13 @@ def _oddity(row: Row) -> str:
     return f"invoice {row.invoice}: quantity {row.quantity} at price {row.price} has no known shape"
 
 
-def _find_undecodable(path: Path) -> tuple[int, str]:
-    with open_text(path) as text:
-        lines: Iterable[bytes] = text.buffer  # type: ignore[assignment]  # binary files are
-        for number, data in enumerate(lines, 1):
-            try:
-                data.decode()
-            except UnicodeDecodeError as error:
-                return number, f"not UTF-8: {error.reason} at byte {error.start + 1}"
-    return 0, "not UTF-8"
+def _find_fault(binary: IO[bytes]) -> tuple[int, str]:
+    number = 1
+    for number, data in enumerate(binary, 1):
+        if b"\0" in data:
+            return number, "holds a NUL character"
+        try:
+            data.decode()
+        except UnicodeDecodeError as error:
+            return number, f"not UTF-8: {error.reason} at byte {error.start + 1}"
+    return number, "not UTF-8: it ends within a character"

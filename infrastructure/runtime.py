@@ -17,6 +17,7 @@ from leftfold.application import (
     CommandBus,
     Dispatch,
     EventMapper,
+    InvalidModelError,
     Middleware,
     Model,
     QueryBus,
@@ -129,10 +130,15 @@ class Runtime:
     ) -> Result[None, ViewBehind]:
         """Wait until views have seen what a command wrote: the named ones, or all.
 
-        Answers `Err(ViewBehind)` after `timeout` seconds (default: the setting `view_timeout`).
+        Answers `Err(ViewBehind)` after `timeout` seconds (default: the setting `view_timeout`),
+        and `Err(ViewStopped)` at once for a view that cannot go on. Raises `InvalidModelError`
+        for a name that the model does not have.
         """
         self._opened(self._commands)
         names = None if projections is None else set(projections)
+        unknown = (names or set()) - {p.name for p in self.model.projections}
+        if unknown:
+            raise InvalidModelError(f"there is no projection {', '.join(sorted(unknown))}")
         seconds = self.settings.view_timeout if timeout is None else timeout
         followers = [
             f for f in self._followers.values() if names is None or f.projection.name in names
@@ -175,6 +181,8 @@ class Runtime:
         Raises `StoreUnavailableError`, `SchemaMissingError`, `SchemaVersionError`,
         `ViewChangedError`.
         """
+        if self._commands is not None:
+            raise InvalidModelError("this runtime is open already")
         self._owner = os.getpid()
         self._loop = asyncio.get_running_loop()
         self._platform = SystemPlatform()

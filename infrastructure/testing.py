@@ -39,6 +39,7 @@ class Scenario(Generic[A]):
 
     def when(self, action: Callable[[A], A | None]) -> Self:
         """Do something with the aggregate; an action that makes a new one returns it."""
+        self._refusal, self._recorded = None, []
         with clock.clock(self._now):
             try:
                 # Before its first event there is no aggregate, and the action makes one.
@@ -84,6 +85,9 @@ class Scenario(Generic[A]):
 
     def then_state(self, **attributes: object) -> Self:
         """Expect these attributes of the aggregate. Raises `AssertionError`."""
+        if self._aggregate is None:
+            reason = self._refusal or "nothing began one"
+            raise AssertionError(f"expected {attributes}, but there is no aggregate: {reason}")
         found = {name: getattr(self._aggregate, name) for name in attributes}
         if found != attributes:
             raise AssertionError(f"expected {attributes}, got {found}")

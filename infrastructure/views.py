@@ -6,9 +6,15 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 from uuid import UUID
 
-from leftfold.application import EventMapper, InvalidModelError, Page, Projection
+from leftfold.application import EventMapper, InvalidModelError, Page, Projection, ValidationFailed
 from leftfold.application.ports import Order, Platform, Store
-from leftfold.application.reading import current_after, parse_order, read_cursor, write_cursor
+from leftfold.application.reading import (
+    ViewOf,
+    current_after,
+    parse_order,
+    read_cursor,
+    write_cursor,
+)
 from leftfold.domain import Aggregate, DomainEvent, Event
 from leftfold.infrastructure.follower import Follower
 
@@ -32,7 +38,8 @@ class FollowedViews:
         self._platform = platform
         self._timeout = timeout
 
-    async def get(self, projection: Projection[R], key: str) -> R | None:
+    async def get(self, projection: ViewOf[R], key: str) -> R | None:
+        assert isinstance(projection, Projection)  # noqa: S101 - there is nothing else
         return await self._read(projection, self._store.views.get, projection, key)
 
     async def rows(
@@ -45,6 +52,8 @@ class FollowedViews:
     async def page(
         self, projection: Projection[R], order: str, limit: int, cursor: str | None = None
     ) -> Page[R]:
+        if limit < 1:
+            raise ValidationFailed(projection.name, (("limit", "is below 1"),))
         by = parse_order(projection, order)
         seek = read_cursor(projection, by, cursor) if cursor is not None else None
         select = self._store.views.select

@@ -26,6 +26,7 @@ from leftfold.domain import LeftfoldError, Result
 from leftfold.infrastructure.cli.output import (
     ReaderGoneError,
     complain,
+    mend_output,
     progress,
     say,
     show_facts,
@@ -129,6 +130,8 @@ def import_(
         say(f"skipped\t{code}\t{count}")
     for line, reason in summary.odd_rows:
         say(f"line {line}: {reason}")
+    if summary.refused:
+        complain(f"{len(summary.refused)} invoices were refused, and nothing of them recorded")
     for refused in summary.refused:
         say(f"line {refused.line}: invoice {refused.invoice} was refused: {refused.reason}")
 
@@ -206,7 +209,8 @@ def follow(
     """Keep the views up to date, until it is interrupted."""
 
     async def run() -> None:
-        async with _open(store):
+        async with _open(store) as shop:
+            shop.follow()
             if while_input:
                 await asyncio.to_thread(sys.stdin.read)
             else:
@@ -226,6 +230,7 @@ def migrate(store: Store) -> None:
 
 def run() -> int:
     """Run the command line and return its exit code."""
+    mend_output()
     usage_error: Any = typer.BadParameter.__base__  # typer brings its own, or click's
     try:
         code = app(standalone_mode=False)
@@ -241,16 +246,21 @@ def run() -> int:
         complain(str(error))
         return FAILURE
     except (KeyboardInterrupt, typer.Abort):
-        complain("interrupted; what was committed stays")
-        return INTERRUPTED
+        code = INTERRUPTED
     except (ReaderGoneError, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 0
+    except OSError as error:
+        complain(f"cannot write: {error.strerror}")
+        return FAILURE
+    if code == INTERRUPTED:  # typer makes an exit of Ctrl-C
+        complain("interrupted; what was committed stays")
     return code if isinstance(code, int) else 0
 
 
 def _open(store: str) -> Runtime:
-    return open_items(store)
+    """Open a store to read it: one that is not there is a mistake, and not made."""
+    return open_items(settings=load_settings(store=store, create_tables=False))
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:
@@ -298,6 +308,7 @@ def _show_summary(summary: Summary) -> None:
         for name, value in _summary(summary).items()
         if not isinstance(value, dict | tuple)
     ]
+    facts.append(("refused", len(summary.refused)))
     show_facts("Imported", facts)
 
 

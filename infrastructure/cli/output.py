@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from decimal import Decimal
+from io import TextIOWrapper
+from pathlib import Path
 from typing import TypeAlias
 
 from pydantic_core import to_json
@@ -36,6 +39,14 @@ class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
         return Text(f"{speed:,.0f} rows/s" if speed else "")
+
+
+def mend_output() -> None:
+    """Make standard output take any text, also where it is closed or knows few characters."""
+    if sys.stdout is None:  # closed by `>&-`
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - to the end
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def show_json(document: object) -> None:
@@ -80,7 +91,7 @@ def say(line: str) -> None:
 
 def complain(line: str) -> None:
     """Print a line to standard error."""
-    sys.stderr.write(f"leftfold: {' '.join(line.split())}\n")
+    sys.stderr.write(f"leftfold: {_harmless(' '.join(line.split()))}\n")
 
 
 @contextmanager
@@ -121,7 +132,14 @@ def _write(text: str) -> None:
 
 def _plain(value: object) -> str:
     text = value.isoformat() if isinstance(value, datetime) else "" if value is None else str(value)
-    return " ".join(text.split("\t"))
+    return _harmless(text)
+
+
+def _harmless(text: str) -> str:
+    """Show control characters as escapes: they would break lines, or command the terminal."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == " " else ascii(c)[1:-1] for c in text)
 
 
 def _nice(value: object) -> str:
@@ -135,4 +153,4 @@ def _nice(value: object) -> str:
         case datetime():
             return f"{value:%Y-%m-%d %H:%M}"
         case _:
-            return str(value)
+            return _harmless(str(value))

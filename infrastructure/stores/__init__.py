@@ -33,6 +33,8 @@ def make_store(settings: Settings) -> Store:
     if url.startswith("sqlite:///") and len(url) > len("sqlite:///"):
         from leftfold.infrastructure.stores.sqlite import SQLiteStore
 
+        if url == "sqlite:///:memory:":
+            raise InvalidSettingsError("store", "a store in memory is memory:")
         return SQLiteStore(url.removeprefix("sqlite:///"), settings.lock_timeout)
     if url.startswith(("postgresql://", "postgres://")):
         try:

@@ -459,13 +459,17 @@ class PostgresStore:
     def _set_up(
         self, cursor: Cursor, projections: Sequence[Projection[Any]], *, create_tables: bool
     ) -> None:
+        ours, theirs = "leftfold_schema", "stored_events"
+        made = cursor.execute("SELECT to_regclass(%s), to_regclass(%s)", (ours, theirs)).fetchone()
+        if made is not None and made[0] is None and made[1] is not None:
+            raise StoreUnavailableError(self.name, f"its table {theirs} was not made by leftfold")
         if create_tables:
             for statement in TABLES:
                 cursor.execute(statement.encode())
             if not cursor.execute("SELECT 1 FROM leftfold_schema").fetchone():
                 cursor.execute("INSERT INTO leftfold_schema VALUES (%s)", (SCHEMA_VERSION,))
-        elif cursor.execute("SELECT to_regclass('leftfold_schema')").fetchone() == (None,):
-            raise SchemaMissingError(self.name, "leftfold_schema")
+        elif made is None or made[0] is None:
+            raise SchemaMissingError(self.name, ours)
         row = cursor.execute("SELECT version FROM leftfold_schema").fetchone()
         if row != (SCHEMA_VERSION,):
             raise SchemaVersionError(self.name, row[0] if row else 0, SCHEMA_VERSION)

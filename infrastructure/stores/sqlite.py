@@ -100,6 +100,7 @@ class SQLiteFile(SQLiteDatastore):
 
     def __init__(self, path: str, lock_timeout: int) -> None:
         """Open connections on demand; wait up to `lock_timeout` seconds for the write lock."""
+        self._path = path
         self._lock_timeout = lock_timeout
         self._writers_turn = Lock()
         self._writer: SQLiteConnection | None = None
@@ -184,7 +185,12 @@ class SQLiteFile(SQLiteDatastore):
         if self._is_closed:
             msg = "the file is closed"
             raise OperationalError(msg)
-        return self.pool._create_connection()
+        # As the library's pool does it, but for the statements: that keeps one, and compiles anew.
+        connection = sqlite3.connect(
+            self._path, timeout=self._lock_timeout, isolation_level=None, check_same_thread=False
+        )
+        connection.row_factory = sqlite3.Row
+        return SQLiteConnection(connection, max_age=None)
 
     def close(self) -> None:
         """Close all connections, those in use as soon as they are returned."""
@@ -628,6 +634,8 @@ class SQLiteStore:
 def _set_up(
     connection: sqlite3.Connection, name: str, log: SQLiteLog, *, create_tables: bool
 ) -> None:
+    if _has_table(connection, "stored_events") and not _has_table(connection, "leftfold_schema"):
+        raise StoreUnavailableError(name, "its table stored_events was not made by leftfold")
     if create_tables:
         for statement in log.create_table_statements:
             connection.execute(statement)

@@ -7,7 +7,8 @@ import pytest
 
 from leftfold.domain import Personal
 from leftfold.domain.items import (
-    MAX_AMOUNT,
+    MAX_QUANTITY,
+    MAX_STOCK,
     InsufficientStock,
     InvalidName,
     InvalidPrice,
@@ -90,7 +91,7 @@ NO_PRICES = [
 ]
 
 
-@pytest.mark.parametrize("price", ["0", "0.001", "2.550", "1E+3", "1000000000"])
+@pytest.mark.parametrize("price", ["0", "0.001", "2.550", "1E+3", "100000"])
 def test_a_price_is_at_least_0_with_at_most_3_decimals(price):
     scenario(Item).when(register(price=Decimal(price))).then_state(unit_price=Decimal(price))
 
@@ -102,12 +103,12 @@ def test_another_price_is_refused(price):
     assert raised.value.price is price
 
 
-@pytest.mark.parametrize("level", [-1, MAX_AMOUNT + 1])
+@pytest.mark.parametrize("level", [-1, MAX_STOCK + 1])
 def test_an_opening_stock_out_of_range_is_refused(level):
     scenario(Item).when(register(opening_stock=level)).then_refused(InvalidStock(level))
 
 
-@pytest.mark.parametrize("level", [-1, MAX_AMOUNT + 1])
+@pytest.mark.parametrize("level", [-1, MAX_STOCK + 1])
 def test_a_reorder_level_out_of_range_is_refused(level):
     scenario(Item).when(register(reorder_level=level)).then_refused(InvalidStock(level))
 
@@ -142,7 +143,7 @@ def test_a_negative_new_price_is_refused():
 # Quantities
 
 
-@pytest.mark.parametrize("quantity", [0, -1, MAX_AMOUNT + 1])
+@pytest.mark.parametrize("quantity", [0, -1, MAX_QUANTITY + 1])
 @pytest.mark.parametrize(
     "move",
     [

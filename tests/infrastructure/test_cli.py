@@ -1,11 +1,14 @@
 """The command line, run as a person or a program would."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+import time
 from decimal import Decimal
 
 import pytest
@@ -13,6 +16,7 @@ import pytest
 from leftfold.application.items import GetItem, RegisterItem
 from leftfold.infrastructure import Settings
 from leftfold.infrastructure.items import open_items
+from leftfold.infrastructure.retail import HEADER
 from leftfold.infrastructure.simulation import write_shop
 
 
@@ -201,3 +205,73 @@ def test_without_its_extra_the_command_says_what_to_install(tmp_path):
     done = leftfold("demo", PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
     assert done.returncode == 1
     assert done.stderr == "leftfold: the command line needs: pip install 'leftfold[cli]'\n"
+
+
+def test_ctrl_c_says_that_what_was_committed_stays(shop):
+    follower = subprocess.Popen(
+        [sys.executable, "-m", "leftfold.infrastructure.cli", "follow", "--while-input"],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "LEFTFOLD_STORE": shop},
+    )
+    time.sleep(2)  # it has nothing to say when it is ready
+    follower.send_signal(signal.SIGINT)
+    _, told = follower.communicate("", timeout=30)
+    assert (follower.returncode, told) == (130, "leftfold: interrupted; what was committed stays\n")
+
+
+def test_reading_a_store_that_is_not_there_makes_none(tmp_path):
+    path = tmp_path / "typo.db"
+    done = leftfold("items", store=f"sqlite:///{path}")
+    assert (done.returncode, one_line(done), path.exists()) == (1, True, False)
+
+
+def test_a_store_in_memory_is_not_asked_for_as_a_file():
+    done = leftfold("items", store="sqlite:///:memory:")
+    assert (done.returncode, one_line(done)) == (2, True)
+
+
+def test_a_table_of_another_program_is_left_alone(tmp_path):
+    path = tmp_path / "other.db"
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("CREATE TABLE stored_events (id)")
+    done = leftfold("demo", "--days", "3", "--store", f"sqlite:///{path}")
+    assert (done.returncode, one_line(done)) == (1, True)
+    assert "not made by leftfold" in done.stderr
+
+
+def test_control_characters_in_names_neither_break_lines_nor_reach_the_terminal(tmp_path):
+    path = tmp_path / "shop.csv"
+    row = '1,85123A,"RED\n\x1b[31mHEART",1,2010-12-01 08:26,2.55,1,France\n'
+    path.write_text(",".join(HEADER) + "\n" + row)
+    url = f"sqlite:///{tmp_path}/shop.db"
+    assert leftfold("import", str(path), store=url).returncode == 0
+    assert "\tRED\\n\\x1b[31mHEART\t" in leftfold("items", store=url).stdout
+
+
+@pytest.mark.parametrize(
+    ("redirect", "code", "told"),
+    [
+        (">/dev/full", 1, "leftfold: cannot write: No space left on device\n"),
+        (">&-", 0, ""),
+    ],
+)
+def test_output_that_cannot_be_written_is_one_line_or_nothing(shop, redirect, code, told):
+    done = subprocess.run(
+        ["sh", "-c", f'"{sys.executable}" -m leftfold.infrastructure.cli show 21000A {redirect}'],
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        env={**os.environ, "LEFTFOLD_STORE": shop},
+    )
+    assert (done.returncode, done.stderr) == (code, told)
+
+
+def test_a_name_that_the_output_cannot_encode_is_escaped(tmp_path):
+    path = tmp_path / "shop.csv"
+    path.write_text(",".join(HEADER) + "\n1,85123A,CAFÉ,1,2010-12-01 08:26,2.55,1,France\n")
+    url = f"sqlite:///{tmp_path}/shop.db"
+    assert leftfold("import", str(path), store=url).returncode == 0
+    done = leftfold("items", store=url, PYTHONIOENCODING="ascii")
+    assert (done.returncode, "CAF\\xc9" in done.stdout) == (0, True)

@@ -109,6 +109,22 @@ def test_a_damaged_file_writes_nothing(tmp_path, shop):
     assert asyncio.run(run()) == ()
 
 
+def test_what_was_surveyed_is_imported_whatever_becomes_of_the_file(tmp_path, shop):
+    def truncate(doing, *_):
+        if doing == "importing":
+            shop.write_text("gone")
+
+    async def run():
+        async with open_items("memory:") as runtime:
+            return await import_sales(runtime, shop, truncate)
+
+    rows = len(shop.read_text().splitlines()) - 1
+    summary = asyncio.run(run())
+    moved = summary.sales + summary.returns + summary.write_offs + summary.receipts
+    assert (summary.rows, summary.on_hand >= 0, moved > 0) == (rows, True, True)
+    assert shop.read_text() == "gone"
+
+
 def test_an_invoice_that_the_shop_refuses_is_told_and_the_rest_goes_on(tmp_path):
     header = "InvoiceNo,StockCode,Description,Quantity,InvoiceDate,UnitPrice,CustomerID,Country"
     first, second = tmp_path / "a.csv", tmp_path / "b.csv"

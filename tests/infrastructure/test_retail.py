@@ -76,7 +76,10 @@ def test_a_quoted_description_over_two_lines_keeps_the_line_numbers(sheet):
 
 def test_consecutive_rows_of_one_invoice_are_a_run(sheet):
     path = sheet(row("1"), row("1"), row("2"), row("2", code="POST"), row("1"), row("3", "M"))
-    runs = [(number, invoice, len(rows)) for number, invoice, rows in read_runs(path)]
+    runs = [
+        (number, invoice, len(rows))
+        for number, invoice, rows in read_runs(path.name, path.open("rb"))
+    ]
     assert runs == [(0, "1", 2), (1, "2", 1), (2, "1", 1), (3, "3", 0)]
 
 
@@ -144,6 +147,11 @@ def test_a_line_of_the_command_carries_what_the_kind_needs(sheet):
         ([SALE.replace("2010-12-01", "01/12/2010")], 2, "InvoiceDate"),
         ([SALE, "536365,85123A"], 3, "2 fields instead of 8"),
         ([SALE, SALE + ",more"], 3, "9 fields"),
+        ([row(quantity="1_000")], 2, "Quantity '1_000'"),
+        ([row(quantity="٣")], 2, "Quantity"),
+        ([SALE, row(description="a\0b")], 3, "NUL"),
+        ([row(quantity="9" * 5_000)], 2, "Quantity '" + "9" * 40 + "'"),
+        ([row(quantity=900_000)] * 1_200, 1_113, "would need an opening stock of 1000"),
     ],
 )
 def test_a_bad_value_is_told_with_file_line_and_reason(sheet, lines, line, reason):
@@ -151,6 +159,12 @@ def test_a_bad_value_is_told_with_file_line_and_reason(sheet, lines, line, reaso
         survey(sheet(*lines))
     assert (caught.value.file, caught.value.line) == ("shop.csv", line)
     assert reason in caught.value.reason
+
+
+def test_a_byte_order_mark_and_blank_lines_are_no_fault(tmp_path):
+    path = tmp_path / "shop.CSV.XZ"
+    path.write_bytes(lzma.compress(f"\ufeff{HEADER_LINE}\r\n{SALE}\r\n\r\n".encode()))
+    assert survey(path).rows == 1
 
 
 @pytest.mark.parametrize("text", ["", "Invoice,Code\n1,2\n", HEADER_LINE.lower() + "\n"])
