@@ -36,8 +36,6 @@ class Dispatch(Generic[M]):
     handling: Handling
     command_id: UUID
     """Identifies the command; a repetition carries the same."""
-    given_id: bool = False
-    """The caller gave the `command_id`, so it may be a repetition."""
     after: Receipt | None = None
     """Answer from views that have seen what this receipt's command wrote."""
 
@@ -166,9 +164,7 @@ class CommandBus(Bus[Command[Any, Any]]):
         unless it is `OutcomeUnknown`. Raises `NoHandlerError`, and whatever bug the handler has.
         """
         return await self._step(
-            Dispatch(
-                command, self._find(command), command_id or self._new_id(), command_id is not None
-            )
+            Dispatch(command, self._find(command), command_id or self._new_id())
         )
 
     async def dispatch_all(
@@ -180,13 +176,12 @@ class CommandBus(Bus[Command[Any, Any]]):
         answers are given. The first refusal refuses them all. After `OutcomeUnknown` it is safe to
         dispatch them again with the same ids. Raises `ValueError` for two equal ids.
         """
-        given = command_ids is not None
         ids = command_ids if command_ids is not None else [self._new_id() for _ in commands]
         if len(set(ids)) < len(ids):
             msg = "a command_id stands for one command"
             raise ValueError(msg)
         parts = tuple(
-            Dispatch(command, self._find(command), command_id, given)
+            Dispatch(command, self._find(command), command_id)
             for command, command_id in zip(commands, ids, strict=True)
         )
         batch = Batch.model_construct(parts=parts)

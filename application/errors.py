@@ -23,11 +23,15 @@ class ValidationFailed(DispatchError):
         return f"{self.name}: {faults}"
 
 
-class Conflict(DispatchError, message="{aggregates} changed while the command was handled"):
+class Conflict(DispatchError):
     """Other writers changed the aggregates first, also on retries; nothing was written."""
 
     aggregates: tuple[tuple[UUID, int], ...]
-    """Pairs of an aggregate's id and the version that the command was based on."""
+    """Pairs of an aggregate's id and the version that the command would have brought it to."""
+
+    def __str__(self) -> str:
+        changed = ", ".join(str(aggregate_id) for aggregate_id, _ in self.aggregates)
+        return f"others changed {changed} while the command was handled"
 
 
 class OutcomeUnknown(DispatchError, message="command {command_id}: its outcome is not known"):
@@ -125,6 +129,12 @@ class NestedDispatchError(LeftfoldError, message="{name} was dispatched from wit
     """A handler dispatched a command: an error in the program, since it could wait for itself."""
 
     name: str
+
+
+class DispatchOverError(
+    LeftfoldError, message="aggregates were used after their command was carried out"
+):
+    """A handler left a task behind that loads or saves: an error in the program."""
 
 
 class UnsavedEventsError(

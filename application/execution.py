@@ -11,7 +11,7 @@ from typing import Any
 from uuid import UUID
 
 from eventsourcing.persistence import PersistenceError
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from leftfold.application.bus import Batch, Dispatch, Outcome, checked
 from leftfold.application.errors import (
@@ -19,6 +19,7 @@ from leftfold.application.errors import (
     Conflict,
     DispatchError,
     EventStoreUnavailable,
+    InvalidAnswerError,
     NestedDispatchError,
     OutcomeUnknown,
     ShuttingDown,
@@ -49,6 +50,10 @@ Known = Mapping[UUID, RecordedCommand]
 class _Again(Exception):
     """The attempt must be made again; nothing was written."""
 
+    def __init__(self, known: Known) -> None:
+        super().__init__()
+        self.known = known
+
 
 class Execution:
     """The innermost step of the command bus: load, handle, commit, answer.
@@ -57,8 +62,9 @@ class Execution:
     that is not there is abandoned, the aggregate is read, and the handler runs again: safe,
     since nothing was written. For the same reason an attempt that meets an aggregate in another
     dispatch's hands lets go of its own, waits, and begins again by taking all it needs in one
-    fixed order; so no two can wait for each other. A refusal is believed only if the aggregates
-    it was based on are as new as the store's.
+    fixed order; so no two can wait for each other. Whatever is answered without a commit is
+    believed only if the aggregates it was based on are as new as the store's, and none of the
+    commands was carried out before: see `_confirm`.
     """
 
     def __init__(
@@ -121,17 +127,16 @@ class Execution:
             time = clock.use(lambda: moment)
             try:
                 return await self._attempt(unit, parts, known, wanted)
-            except _Again:
-                if any(part.given_id for part in parts):
-                    known = await self._known(parts)
+            except _Again as again:
+                known = again.known
             except CommandIdReused as error:
                 return Err(error)
             finally:
                 clock.restore(time)
                 current_unit.reset(token)
+                unit.seal()
                 for aggregate_id in unit.taken:
-                    aggregate = unit.loaded.get(aggregate_id) if unit.is_sound else None
-                    self._memory.let_go(aggregate_id, aggregate)
+                    self._memory.let_go(aggregate_id, unit.keep(aggregate_id))
 
     async def _attempt(
         self, unit: Unit, parts: Sequence[Dispatch[Any]], known: Known, wanted: Wanted
@@ -147,31 +152,46 @@ class Execution:
                 continue
             unit.begin_command(part.command_id)
             begun = len(unit.events)
-            answer = await self._handle(unit, part, wanted)
+            try:
+                answer = await self._handle(unit, part, known, wanted)
+            except _Again:
+                raise
+            except Exception:
+                await self._confirm(unit, parts, known)
+                raise
             if isinstance(answer, Err):
-                return await self._refuse(unit, part, answer)
+                is_unchanged = not unit.events and not unit.is_changed
+                await self._confirm(unit, parts, known)
+                unit.is_sound = is_unchanged
+                return answer
             if unit.is_changed:
                 raise UnsavedEventsError(part.name)
             values.append(answer.value)
             if len(unit.events) > begun:
                 saves.append(self._save(unit, part, answer.value, begun))
         if saves:
-            return await self._commit(unit, parts, values, saves)
-        await self._check_unwritten(unit, parts, known)
+            return await self._commit(unit, parts, values, saves, known)
+        await self._confirm(unit, parts, known)
+        unit.is_sound = True
         return Ok(values)
 
-    async def _check_unwritten(
-        self, unit: Unit, parts: Sequence[Dispatch[Any]], known: Known
-    ) -> None:
-        """Begin again if an answer without events is a repetition, or based on an older state."""
-        if unit.based_on:
-            await self._check_fresh(unit)
-        for part in parts:
-            if part.given_id and part.command_id not in known and await self._known((part,)):
-                raise _Again
-        unit.is_sound = True
+    async def _confirm(self, unit: Unit, parts: Sequence[Dispatch[Any]], known: Known) -> None:
+        """Begin again if an answer rests on an older state, or repeats what was done before."""
+        unit.seal()
+        ids = [part.command_id for part in parts if part.command_id not in known]
+        is_fresh, found = await self._call(self._compare, unit.based_on, ids)
+        if found or not is_fresh:
+            raise _Again({**known, **found})
 
-    async def _handle(self, unit: Unit, part: Dispatch[Any], wanted: Wanted) -> Outcome:
+    def _compare(self, based_on: Mapping[UUID, int], ids: Sequence[UUID]) -> tuple[bool, Known]:
+        is_fresh = (
+            self._log.is_local or not based_on or self._log.versions(list(based_on)) == based_on
+        )
+        return is_fresh, self._log.commands(ids) if ids else {}
+
+    async def _handle(
+        self, unit: Unit, part: Dispatch[Any], known: Known, wanted: Wanted
+    ) -> Outcome:
         """Call the handler, until all that it asks for is in memory."""
         begun = len(unit.events)
         while True:
@@ -184,12 +204,13 @@ class Execution:
                 return checked(part, await answer if isawaitable(answer) else answer)
             except (DomainError, DispatchError) as refusal:
                 return Err(refusal)
-            except NotInMemory as missing:
-                wanted.update(missing.wanted)
-                is_touched = len(unit.events) > begun or unit.is_changed
-                if is_touched or any(map(self._memory.is_taken, missing.wanted)):
-                    raise _Again from None
-                await self._take_all(unit, missing.wanted)
+            except (NotInMemory, BaseExceptionGroup) as error:
+                missing = _missing(error)
+            wanted.update(missing)
+            is_touched = len(unit.events) > begun or unit.is_changed
+            if is_touched or any(map(self._memory.is_taken, missing)):
+                raise _Again(known)
+            await self._take_all(unit, missing)
 
     async def _take_all(self, unit: Unit, wanted: Mapping[UUID, type[Aggregate]]) -> None:
         """Take aggregates in hand in the order of their ids, waiting for each; read the absent."""
@@ -212,24 +233,9 @@ class Execution:
         decode = self._mapper.decode_all
         return {i: project(None, decode(streams.get(i, ()))) for i in aggregate_ids}
 
-    async def _check_fresh(self, unit: Unit) -> None:
-        """Begin again unless all that the answer is based on is as new as the store's."""
-        based_on = unit.based_on
-        if self._log.is_local or not based_on:
-            return
-        if await self._call(self._log.versions, list(based_on)) != based_on:
-            raise _Again
-
-    async def _refuse(self, unit: Unit, part: Dispatch[Any], refusal: Err[Any]) -> Outcome:
-        await self._check_fresh(unit)
-        if part.given_id and await self._known((part,)):
-            raise _Again
-        unit.is_sound = not unit.events and not unit.is_changed
-        return refusal
-
     def _save(self, unit: Unit, part: Dispatch[Any], value: object, begun: int) -> Save:
         encode = self._mapper.encode
-        answer = None if isinstance(value, Receipt) else _answer_type(part).dump_json(value)
+        answer = None if isinstance(value, Receipt) else _dump_answer(part, value)
         return Save(
             part.command_id,
             part.name,
@@ -244,37 +250,31 @@ class Execution:
         parts: Sequence[Dispatch[Any]],
         values: Sequence[Any],
         saves: Sequence[Save],
+        known: Known,
     ) -> Outcome:
+        unit.seal()
         verdict = await self._writer.write(saves)
         match verdict:
             case Committed(positions):
                 unit.is_sound = True
                 at = {s.command_id: p for s, p in zip(saves, positions, strict=True)}
-                return Ok(
-                    [
-                        _complete(value, at.get(part.command_id, 0))
-                        for part, value in zip(parts, values, strict=True)
-                    ]
-                )
-            case Repeated():
-                raise _Again
-            case Stale():
+                return Ok(_complete(parts, values, at))
+            case Stale() | Repeated():
+                found = await self._known(part for part in parts if part.command_id not in known)
+                if found:
+                    raise _Again({**known, **found})
                 return Err(Conflict(tuple(unit.versions.items())))
-            case Failed(reason, in_doubt):
-                return await self._after_failure(parts, reason, in_doubt=in_doubt)
-
-    async def _after_failure(
-        self, parts: Sequence[Dispatch[Any]], reason: str, *, in_doubt: bool
-    ) -> Outcome:
-        if not in_doubt:
-            return Err(EventStoreUnavailable(reason))
-        try:
-            known = await self._known(parts)
-        except Exception:  # noqa: BLE001 - the store is failing; what counts is the doubt
-            known = {}
-        if len(known) == len(parts):
-            return Ok([_answer_again(part, known[part.command_id]) for part in parts])
-        return Err(OutcomeUnknown(parts[0].command_id))
+            case Failed(reason, in_doubt=False):
+                return Err(EventStoreUnavailable(reason))
+            case Failed():
+                ids = {save.command_id for save in saves}
+                try:
+                    done = await self._known(part for part in parts if part.command_id in ids)
+                except Exception:  # noqa: BLE001 - the store is failing; what counts is the doubt
+                    done = {}
+                if len(done) < len(ids):
+                    return Err(OutcomeUnknown(parts[0].command_id))
+                return Ok(_complete(parts, values, {i: done[i].position for i in ids}))
 
     async def _known(self, parts: Iterable[Dispatch[Any]]) -> Known:
         found: Known = await self._call(self._log.commands, [part.command_id for part in parts])
@@ -289,10 +289,41 @@ class Execution:
 _number = attrgetter("int")  # UUIDs compare by it, more slowly
 
 
-def _complete(value: Any, position: int) -> Any:
-    if not isinstance(value, Receipt) or value.repeated:
-        return value
-    return Receipt(value.command_id, value.aggregates, position)
+def _complete(
+    parts: Sequence[Dispatch[Any]], values: Sequence[Any], at: Mapping[UUID, int]
+) -> list[Any]:
+    """Complete the receipts among the answers with the positions of their last events."""
+    return [
+        Receipt(value.command_id, value.aggregates, at.get(part.command_id, 0))
+        if isinstance(value, Receipt) and not value.repeated
+        else value
+        for part, value in zip(parts, values, strict=True)
+    ]
+
+
+def _missing(error: BaseException) -> Wanted:
+    """Return what a handler asked for, also from several tasks. Raises any other error."""
+    if isinstance(error, NotInMemory):
+        return dict(error.wanted)
+    if not isinstance(error, BaseExceptionGroup):
+        raise error
+    missing: Wanted = {}
+    for each in error.exceptions:
+        missing.update(_missing(each))
+    return missing
+
+
+def _dump_answer(part: Dispatch[Any], value: object) -> bytes:
+    """Return an answer as JSON. Raises `InvalidAnswerError` if it could not be given again."""
+    adapter = _answer_type(part)
+    document = adapter.dump_json(value)
+    try:
+        is_the_same = adapter.validate_json(document) == value
+    except ValidationError:
+        is_the_same = False
+    if not is_the_same:
+        raise InvalidAnswerError(part.name, f"{type(value).__name__} that JSON does not keep")
+    return document
 
 
 def _answer_again(part: Dispatch[Any], first: RecordedCommand) -> Any:

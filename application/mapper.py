@@ -8,6 +8,7 @@ from uuid import UUID
 
 from eventsourcing.domain import DomainEventProtocol
 from eventsourcing.persistence import Mapper, StoredEvent
+from pydantic import ValidationError
 from pydantic_core import from_json
 
 from leftfold.application.errors import (
@@ -110,9 +111,10 @@ class EventMapper(Mapper[UUID]):
                 event = event_type.__pydantic_validator__.validate_json(state)
             else:
                 event = _decode_by_parts(event_type, aggregate_id, version, state)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise UnreadableEventError(topic, str(aggregate_id), version, reason) from error
+        except Exception as error:  # noqa: BLE001 - whatever the classes, ciphers and upcasters raise
+            # Without its cause: that quotes the state, and personal data with it.
+            reason = _reason(error)
+            raise UnreadableEventError(topic, str(aggregate_id), version, reason) from None
         envelope = vars(event)
         envelope["originator_id"] = aggregate_id
         envelope["originator_version"] = version
@@ -132,6 +134,14 @@ def _decode_by_parts(
         where = {"originator_id": aggregate_id, "originator_version": version}
         return stored_type.model_validate({**fields, **where})
     return stored_type.model_validate(upcast(stored_type, fields, fields.pop("class_version", 1)))
+
+
+def _reason(error: Exception) -> str:
+    """Say what is wrong with a state without quoting it."""
+    if isinstance(error, ValidationError):
+        faults = error.errors(include_url=False, include_input=False, include_context=False)
+        return "; ".join(f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in faults)
+    return str(error) if isinstance(error, LookupError) else type(error).__name__
 
 
 def _as_uuid(value: UUID | str) -> UUID:

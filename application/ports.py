@@ -41,6 +41,10 @@ class Platform(Protocol):
         """Call a blocking function in a thread; goes on to its end even if cancelled."""
         ...
 
+    async def in_own_thread(self, function: Callable[..., T], *args: Any) -> T:
+        """Call what may block for long in a thread that the runtime's own work does not need."""
+        ...
+
     def spawn(self, work: Coroutine[Any, Any, None]) -> Awaitable[None]:
         """Begin a task."""
         ...

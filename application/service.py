@@ -13,6 +13,7 @@ from eventsourcing.domain import DomainEventProtocol, MutableOrImmutableAggregat
 from eventsourcing.persistence import EventStore, InfrastructureFactory, Mapper, Recording
 from eventsourcing.utils import Environment, EnvType
 
+from leftfold.application.errors import DispatchOverError
 from leftfold.application.mapper import EventMapper
 from leftfold.application.messages import Handling
 from leftfold.application.receipt import Receipt
@@ -46,6 +47,7 @@ class Unit:
         "events",
         "is_sound",
         "loaded",
+        "sealed",
         "taken",
         "used",
         "versions",
@@ -60,9 +62,12 @@ class Unit:
         self.taken: list[UUID] = []
         self.based_on: dict[UUID, int] = {}
         self.is_sound = False
+        self.sealed: dict[UUID, int] | None = None
 
     def find(self, aggregate_type: type[A], aggregate_ids: Sequence[UUID]) -> list[A | None]:
         """Return aggregates in hand. Raises `NotInMemory`."""
+        if self.sealed is not None:
+            raise DispatchOverError
         loaded = self.loaded
         try:
             found: list[Any] = [loaded[aggregate_id] for aggregate_id in aggregate_ids]
@@ -75,6 +80,8 @@ class Unit:
 
     def save(self, aggregates: Iterable[Aggregate]) -> Receipt:
         """Stage what the aggregates recorded."""
+        if self.sealed is not None:
+            raise DispatchOverError
         for aggregate in aggregates:
             self.events.extend(aggregate._pending_events)  # type: ignore[arg-type]  # typed by the library as its own base class
             aggregate._pending_events.clear()
@@ -87,6 +94,19 @@ class Unit:
         self.command_id = command_id
         self.versions = {}
         self.used = []
+
+    def seal(self) -> None:
+        """Take no more: what a task of the handler does from now on would be lost."""
+        if self.sealed is None:
+            self.sealed = {i: a.version for i, a in self.loaded.items() if a is not None}
+
+    def keep(self, aggregate_id: UUID) -> Aggregate | None:
+        """Return an aggregate that may stay in memory: as it was when the unit was sealed."""
+        aggregate = self.loaded.get(aggregate_id)
+        if not self.is_sound or aggregate is None or self.sealed is None:
+            return None
+        is_as_sealed = self.sealed.get(aggregate_id) == aggregate.version
+        return aggregate if is_as_sealed and not aggregate._pending_events else None
 
     @property
     def is_changed(self) -> bool:

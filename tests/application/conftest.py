@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
 from typing import Any
@@ -11,6 +11,7 @@ import pytest
 from leftfold.application import CommandBus, EventMapper, Handling, Middleware
 from leftfold.application.execution import Execution
 from leftfold.application.items import InvoiceLine, Items, RecordInvoice, RegisterItem, SellStock
+from leftfold.application.ports import Failed, Group, Verdict
 from leftfold.domain.items import Item
 from leftfold.infrastructure.platform import SystemPlatform
 from leftfold.infrastructure.stores import SharedLog
@@ -26,6 +27,14 @@ class FarLog(MemoryLog):
     """A log that other processes may write, too."""
 
     is_local = False
+
+
+class DoubtfulLog(FarLog):
+    """Commits, and says that it does not know."""
+
+    def commit(self, groups: Sequence[Group]) -> list[Verdict]:
+        super().commit(groups)
+        return [Failed("connection lost", in_doubt=True)] * len(groups)
 
 
 class Shop:
@@ -102,6 +111,17 @@ def invoice_fixture():
 @pytest.fixture
 def shop():
     with opened(MemoryLog()) as shop:
+        yield shop
+
+
+@pytest.fixture(name="opened")
+def opened_fixture():
+    return lambda *middleware: opened(MemoryLog(), *middleware)
+
+
+@pytest.fixture
+def doubtful():
+    with opened(DoubtfulLog()) as shop:
         yield shop
 
 

@@ -9,6 +9,8 @@ import pytest
 from leftfold.application import (
     Command,
     Conflict,
+    DispatchOverError,
+    InvalidAnswerError,
     NestedDispatchError,
     OutcomeUnknown,
     Receipt,
@@ -422,6 +424,154 @@ async def test_a_repetition_that_would_now_write_nothing_gives_the_first_receipt
     first = (await shop.bus.dispatch(Do(), command_id=ID)).unwrap()
     again = (await shop.bus.dispatch(Do(), command_id=ID)).unwrap()
     assert again == Receipt(ID, first.aggregates, first.position, repeated=True)
+
+
+async def test_a_repetition_is_answered_though_the_handler_would_now_raise(shop):
+    await shop.register("A")
+
+    def rename_or_break(_):
+        item = shop.repository.load(Item, Item.id_of("A"))
+        assert item.name != "Mug"
+        item.rename("Mug")
+        return Ok(shop.repository.save(item))
+
+    shop.add(Do.handled_by(rename_or_break))
+    await shop.bus.dispatch(Do(), command_id=ID)
+    assert (await shop.bus.dispatch(Do(), command_id=ID)).unwrap().repeated
+
+
+async def test_a_middleware_may_carry_on_twice(opened, register, sell):
+    async def twice(dispatch, call_next):
+        await call_next(dispatch)
+        return await call_next(dispatch)
+
+    with opened(twice) as shop:
+        async with asyncio.timeout(5):
+            assert (await shop.bus.dispatch(register("A"))).unwrap().repeated
+            assert (await shop.bus.dispatch(sell("A", 2))).unwrap().repeated
+        assert shop.on_hand("A") == 8
+
+
+async def test_a_repetition_that_meets_another_writer_is_answered_by_its_first_receipt(shops):
+    one, other = shops
+    await one.register("A")
+    for shop in shops:
+        shop.add(Do.handled_by(receive(shop)))
+        await shop.bus.dispatch(Do())  # in memory from now on
+    await other.bus.dispatch(Do(), command_id=ID)
+    assert (await one.bus.dispatch(Do(), command_id=ID)).unwrap().repeated
+    assert one.on_hand("A") == 13
+
+
+async def test_an_answer_that_could_not_be_repeated_is_an_error_and_nothing_is_written(shop):
+    class Measure(Command[float, ItemError]):
+        pass
+
+    def measure(command):
+        receive(shop)(Do())
+        return Ok(float("inf"))
+
+    await shop.register("A")
+    shop.add(Measure.handled_by(measure))
+    with pytest.raises(InvalidAnswerError):
+        await shop.bus.dispatch(Measure())
+    assert shop.log.head() == 1
+
+
+async def test_an_answer_that_is_no_result_is_an_error(shop):
+    shop.add(Do.handled_by(lambda _: "done"))
+    with pytest.raises(InvalidAnswerError, match="answered str"):
+        await shop.bus.dispatch(Do())
+
+
+# Tasks that handlers start
+
+
+@pytest.mark.parametrize("is_saved", [True, False])
+async def test_what_a_forgotten_task_does_during_the_commit_leaves_no_gap(shops, is_saved):
+    shop, _ = shops
+    await shop.register("A")
+    tasks = []
+
+    def handle(_):
+        item = shop.repository.load(Item, Item.id_of("A"))
+
+        async def go_on():
+            item.receive(1)
+            if is_saved:
+                shop.repository.save(item)
+
+        item.receive(1)
+        receipt = shop.repository.save(item)
+        tasks.append(asyncio.create_task(go_on()))
+        return Ok(receipt)
+
+    shop.add(Do.handled_by(handle))
+    await shop.bus.dispatch(Do())
+    done = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(each) for each in done] == [DispatchOverError if is_saved else type(None)]
+    await shop.bus.dispatch(Do())
+    assert shop.stored("A").version == 3
+
+
+async def test_a_task_that_outlives_its_command_can_neither_load_nor_save(shop):
+    await shop.register("A")
+    tasks, answered = [], asyncio.Event()
+
+    def handle(_):
+        item = shop.repository.load(Item, Item.id_of("A"))
+
+        async def go_on():
+            await answered.wait()
+            with pytest.raises(DispatchOverError):
+                shop.repository.load(Item, item.id)
+            shop.repository.save(item)
+
+        tasks.append(asyncio.create_task(go_on()))
+        return Err(ItemNotFound("A"))
+
+    shop.add(Do.handled_by(handle))
+    await shop.bus.dispatch(Do())
+    answered.set()
+    with pytest.raises(DispatchOverError):
+        await tasks[0]
+
+
+async def test_a_handler_may_load_in_several_tasks(shop):
+    await shop.register("A", "B")
+
+    async def handle(_):
+        async with asyncio.TaskGroup() as group:
+            loads = [group.create_task(loaded(shop, sku)) for sku in ("A", "B")]
+        items = [load.result() for load in loads]
+        for item in items:
+            item.receive(1)
+        return Ok(shop.repository.save(*items))
+
+    shop.execution._memory._idle.clear()
+    shop.add(Do.handled_by(handle))
+    assert (await shop.bus.dispatch(Do())).is_ok()
+    assert (shop.on_hand("A"), shop.on_hand("B")) == (11, 11)
+
+
+async def loaded(shop, sku):
+    return shop.repository.load(Item, Item.id_of(sku))
+
+
+# A commit in doubt
+
+
+async def test_a_commit_in_doubt_that_was_done_is_answered_as_the_first(doubtful, register):
+    receipt = (await doubtful.bus.dispatch(register("A"))).unwrap()
+    assert (receipt.position, receipt.repeated) == (1, False)
+
+
+async def test_a_batch_in_doubt_that_was_done_is_answered_though_a_part_wrote_nothing(
+    doubtful, register
+):
+    doubtful.add(Do.handled_by(lambda _: Ok(doubtful.repository.save())))
+    receipts = (await doubtful.bus.dispatch_all([register("A"), Do()])).unwrap()
+    assert [receipt.position for receipt in receipts] == [1, 0]
 
 
 # Batches

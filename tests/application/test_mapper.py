@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import traceback
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import ClassVar
@@ -231,6 +232,16 @@ def test_an_unreadable_event_is_named(state):
         MAPPER.to_domain_event(stored(state=state))
     error = raised.value
     assert (error.topic, error.aggregate_id, error.version) == ("leftfold.item.renamed", str(ID), 2)
+
+
+def test_what_is_said_of_an_unreadable_event_quotes_no_personal_data():
+    state = b'{"invoice":"1","quantity":"many","unit_price":"1","country":"F","customer_id":"Jane"}'
+    with pytest.raises(UnreadableEventError) as raised:
+        MAPPER.to_domain_event(stored("leftfold.item.stock_sold", state))
+    told = "".join(traceback.format_exception(raised.value))
+    assert "quantity" in raised.value.reason
+    assert "Jane" not in told
+    assert "many" not in told
 
 
 def test_a_snapshot_comes_back_with_its_types():

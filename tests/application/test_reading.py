@@ -99,6 +99,12 @@ def test_a_cursor_says_after_which_row_to_go_on(order):
     assert read_cursor(item_stock, order, cursor) == Seek(getattr(ROW, order.column), "k1")
 
 
+@pytest.mark.parametrize("key", ["", "a\u00a0b", "\u200b", "\x1b", "\U0010ffff"])
+def test_a_cursor_goes_on_after_any_key_that_a_row_may_have(key):
+    cursor = write_cursor(item_stock, Order("sku"), key, ROW)
+    assert read_cursor(item_stock, Order("sku"), cursor).key == key
+
+
 @pytest.mark.parametrize("order", [Order("name"), Order("sku", descending=True)])
 def test_a_cursor_of_another_order_is_refused(order):
     cursor = write_cursor(item_stock, Order("sku"), "k1", ROW)
@@ -120,6 +126,8 @@ DAMAGED = {
     "too long": encoded('["on_hand","k1",9,9]'),
     "a wrong value": encoded('["on_hand","k1","many"]'),
     "a wrong key": encoded('["on_hand",7,9]'),
+    "a NUL in the key": encoded('["on_hand","a\\u0000b",9]'),
+    "half a pair in the key": encoded('["on_hand","\\ud800",9]'),
 }
 
 
