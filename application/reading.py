@@ -157,8 +157,10 @@ def _text(value: object) -> str:
 
 def _storable(value: object) -> object:
     """Pass a value that databases can look for. Raises `ValueError`."""
-    if isinstance(value, str) and ("\0" in value or not value.encode()):  # half a pair: raises
-        raise ValueError(value)
+    if isinstance(value, str):
+        value.encode()  # half of a surrogate pair cannot be
+        if "\0" in value:
+            raise ValueError(value)
     return value
 
 
