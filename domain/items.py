@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 
@@ -309,6 +310,16 @@ class InStock(Specification[object]):
 
     def tree(self) -> Specification[object]:
         return attr("on_hand") > 0
+
+
+@dataclass(frozen=True)
+class BestSeller(Specification[object]):
+    """It has earned at least so much; asked of rows, since an item itself keeps no revenue."""
+
+    min_revenue: Decimal
+
+    def tree(self) -> Specification[object]:
+        return attr("revenue") >= self.min_revenue
 
 
 class NeedsReorder(Specification[object]):

@@ -188,8 +188,9 @@ def test_types_without_an_order_are_named():
     assert raised.value == UnlikeTypes("str", "int")
 
 
-def test_types_without_an_order_are_still_equal_or_not():
-    assert met(attr("name") != 3, name="Cup")
+def test_unlike_types_are_not_silently_unequal():
+    with pytest.raises(UnlikeTypes):
+        met(attr("name") != 3, name="Cup")
 
 
 def test_a_specification_is_neither_true_nor_false():
