@@ -24,6 +24,7 @@ from leftfold.application.errors import (
 from leftfold.application.mapper import EventMapper
 from leftfold.application.messages import Command, CommandHandler, Handling, Query, QueryHandler
 from leftfold.application.model import Model
+from leftfold.application.planning import Plan, plan
 from leftfold.application.projection import Page, Projection
 from leftfold.application.reading import Histories, QueryService, Views
 from leftfold.application.receipt import Receipt
@@ -51,6 +52,7 @@ __all__ = [
     "NoHandlerError",
     "OutcomeUnknown",
     "Page",
+    "Plan",
     "Projection",
     "Query",
     "QueryBus",
@@ -68,4 +70,5 @@ __all__ = [
     "ViewBehind",
     "ViewStopped",
     "Views",
+    "plan",
 ]

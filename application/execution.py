@@ -198,7 +198,7 @@ class Execution:
             try:
                 handler = part.handling.handler
                 if part.handling.blocking:
-                    answer = await self._platform.in_thread(handler, part.message)
+                    answer = await self._platform.in_own_thread(handler, part.message)
                 else:
                     answer = handler(part.message)
                 return checked(part, await answer if isawaitable(answer) else answer)

@@ -16,7 +16,16 @@ from leftfold.application.projection import Page, Projection
 from leftfold.application.reading import QueryService, as_of
 from leftfold.application.receipt import Receipt
 from leftfold.application.service import Service
-from leftfold.domain import WHEN_RECORDED, DomainEvent, Err, Ok, Personal, Result
+from leftfold.domain import (
+    ALWAYS,
+    WHEN_RECORDED,
+    DomainEvent,
+    Err,
+    Ok,
+    Personal,
+    Result,
+    Specification,
+)
 from leftfold.domain.items import (
     MAX_PRICE,
     MAX_PRICE_DECIMALS,
@@ -390,13 +399,23 @@ class GetItem(Query[ItemRow, ItemNotFound]):
 
 
 class FindItems(Query[Page[ItemRow], ItemError]):
-    """A page of items. `order` is a column's name, `-` before it for descending."""
+    """A page of items. `order` is a column's name, `-` before it for descending.
 
+    From outside, `where` is a sentence (`"on_hand < 10"`) or a JSON document.
+    """
+
+    where: Specification[ItemRow] = ALWAYS
     order: str = "sku"
     limit: Annotated[int, Field(ge=1, le=10_000)] = 50
     """Rows a page."""
     cursor: str | None = None
     """`next` of the page before."""
+
+
+class Count(Query[int, ItemError]):
+    """How many items there are that satisfy a specification."""
+
+    where: Specification[ItemRow] = ALWAYS
 
 
 class ItemHistory(Query[tuple[DomainEvent, ...], ItemNotFound]):
@@ -434,6 +453,7 @@ class ItemQueries(QueryService):
     def handlers(self) -> Iterable[Handling]:
         yield GetItem.handled_by(self.get)
         yield FindItems.handled_by(self.find)
+        yield Count.handled_by(self.count)
         yield ItemHistory.handled_by(self.history)
         yield ItemAsOf.handled_by(self.as_of)
 
@@ -442,7 +462,11 @@ class ItemQueries(QueryService):
         return Err(ItemNotFound(query.sku)) if row is None else Ok(row)
 
     async def find(self, query: FindItems) -> Result[Page[ItemRow], ItemError]:
-        return Ok(await self.views.page(item_stock, query.order, query.limit, query.cursor))
+        page = self.views.page(item_stock, query.order, query.limit, query.cursor, query.where)
+        return Ok(await page)
+
+    async def count(self, query: Count) -> Result[int, ItemError]:
+        return Ok(await self.views.count(item_stock, query.where))
 
     async def history(self, query: ItemHistory) -> Result[tuple[DomainEvent, ...], ItemNotFound]:
         events = await self.histories.history(Item, Item.id_of(query.sku))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 from uuid import UUID
 
 from leftfold.application.projection import Projection
+from leftfold.domain import ALWAYS, Specification
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -209,8 +210,16 @@ class ViewStore(Protocol):
         order: Order | None,
         limit: int | None,
         seek: Seek | None = None,
+        where: Specification[Any] = ALWAYS,
     ) -> list[tuple[str, R]]:
-        """Return the view's member rows with their keys, in order; by key if none is given."""
+        """Return the view's member rows with their keys, in order; by key if none is given.
+
+        `where` is bound to the row type, and has no wrapped callables.
+        """
+        ...
+
+    def count(self, projection: Projection[Any], where: Specification[Any] = ALWAYS) -> int:
+        """Return how many member rows there are; `where` is as for `select`."""
         ...
 
 

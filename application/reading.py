@@ -20,7 +20,7 @@ from leftfold.application.messages import Handling
 from leftfold.application.ports import Order, Seek
 from leftfold.application.projection import Page, Projection
 from leftfold.application.receipt import Receipt
-from leftfold.domain import Aggregate, DomainEvent, Err, Event
+from leftfold.domain import ALWAYS, Aggregate, DomainEvent, Err, Event, Specification
 
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
@@ -47,19 +47,33 @@ class Views(Protocol):
         ...
 
     async def rows(
-        self, projection: Projection[R], order: Order | None = None, limit: int | None = None
+        self,
+        projection: Projection[R],
+        order: Order | None = None,
+        limit: int | None = None,
+        where: Specification[R] = ALWAYS,
     ) -> tuple[R, ...]:
-        """Return member rows in order; by key if none is given."""
+        """Return the member rows that satisfy `where`, in order; by key if none is given."""
         ...
 
     async def page(
-        self, projection: Projection[R], order: str, limit: int, cursor: str | None = None
+        self,
+        projection: Projection[R],
+        order: str,
+        limit: int,
+        cursor: str | None = None,
+        where: Specification[R] = ALWAYS,
     ) -> Page[R]:
-        """Return a page of member rows.
+        """Return a page of the member rows that satisfy `where`.
 
         `order` is a column's name, `-` before it for descending; `cursor` comes from the page
-        before. Raises `ValidationFailed` for one that does not fit.
+        before. Raises `ValidationFailed` for one that does not fit, and for a specification
+        whose names or types are not those of the rows.
         """
+        ...
+
+    async def count(self, projection: Projection[R], where: Specification[R] = ALWAYS) -> int:
+        """Return how many member rows satisfy `where`. Raises `ValidationFailed`, as `page`."""
         ...
 
 

@@ -7,29 +7,32 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, datetime
+from datetime import MAXYEAR, MINYEAR, UTC, date, datetime
 from decimal import Decimal
 from enum import Enum
 from operator import attrgetter
 from typing import Any, Generic, TypeVar
 from uuid import UUID
 
-from leftfold.application import InvalidModelError, Projection
+from leftfold.application import InvalidModelError, Projection, ValidationFailed
+from leftfold.application.ports import Order, Seek
 from leftfold.infrastructure.errors import ValueOutOfRangeError
 
 R = TypeVar("R")
 
 DECIMALS = 6
 """Decimals that a `Decimal` keeps; with 12 digits before the point, always."""
-MAX_INTEGER = 2**63 - 1
+MIN_INTEGER, MAX_INTEGER = -(2**63), 2**63 - 1
+TOO_LARGE = "more than 64 bits"
 MAX_DECIMAL = Decimal(MAX_INTEGER)
+MAX_KNOWN = 1_000
+"""Combinations of types that a shape remembers; a row type with many `None`s has more."""
 
 
 def whole(number: int) -> int:
     """Return an integer of 64 bits. Raises `ValueError` for a larger one."""
-    if not -MAX_INTEGER - 1 <= number <= MAX_INTEGER:
-        msg = "more than 64 bits"
-        raise ValueError(msg)
+    if not MIN_INTEGER <= number <= MAX_INTEGER:
+        raise ValueError(TOO_LARGE)
     return number
 
 
@@ -56,9 +59,12 @@ def exact(value: Decimal) -> Decimal:
 
 
 def finite(value: float) -> float:
-    """Return a finite float. Raises `ValueError` for others."""
+    """Return a finite float. Raises `ValueError` for others, and for an int that is none."""
     if not math.isfinite(value):
         msg = "not finite"
+        raise ValueError(msg)
+    if type(value) is not float and float(value) != value:
+        msg = "more digits than a float has"
         raise ValueError(msg)
     return value
 
@@ -74,10 +80,15 @@ def storable(text: str) -> str:
 
 
 def aware(moment: datetime) -> datetime:
-    """Return a moment that has a zone. Raises `ValueError` for one that has none."""
-    if moment.tzinfo is None:
+    """Return a moment that has a zone.
+
+    Raises `ValueError` for one that has none, `OverflowError` for one beyond the years of UTC.
+    """
+    if moment.tzinfo is not UTC and moment.utcoffset() is None:
         msg = "has no time zone"
         raise ValueError(msg)
+    if not MINYEAR < moment.year < MAXYEAR:
+        moment.astimezone(UTC)
     return moment
 
 
@@ -96,6 +107,10 @@ CHECKS: Mapping[type, Callable[[Any], Any]] = {
     date: same,
     UUID: same,
 }
+ALSO: Mapping[type, type] = {float: int}
+"""What typing lets pass for a type."""
+NEVER: Mapping[type, type] = {int: bool, float: bool, date: datetime}
+"""What Python takes for a type, and no database does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,29 +170,38 @@ class RowShape(Generic[R]):
         """Encode values by their type; the encoders also check. Raises `InvalidModelError`."""
         self.projection = projection
         self.columns = columns_of(projection)
+        self._by_name = {
+            column.name: (column, _encoder(column, encoders)) for column in self.columns
+        }
+        all_of_them = list(enumerate(self._by_name.values()))
+        self._integers = [(index, c) for index, (c, encode) in all_of_them if encode is whole]
         self._encoders = [
-            (
-                index,
-                column,
-                _text_of(encoders[str])
-                if issubclass(column.python_type, Enum)
-                else encoders[column.python_type],
-            )
-            for index, column in enumerate(self.columns)
+            (index, column, encode)
+            for index, (column, encode) in all_of_them
+            if encode not in (same, whole)
         ]
         self._values = _values_of(projection.columns)
+        self._known: set[tuple[type, ...]] = set()
 
     def encode(self, key: str, row: R) -> list[Any]:
         """Return a row's encoded values, in order. Raises `ValueOutOfRangeError`."""
-        values = list(self._values(row))
+        values: list[Any] = list(self._values(row))
+        types_found = tuple(map(type, values))
+        if types_found not in self._known:  # most rows are like one before
+            self._check_types(values)
+            if len(self._known) < MAX_KNOWN:
+                self._known.add(types_found)
+        for index, column in self._integers:  # as `whole` does: most columns are, a call is dear
+            value = values[index]
+            if value is not None and not MIN_INTEGER <= value <= MAX_INTEGER:
+                raise self._refusal(column.name, value, TOO_LARGE)
         for index, column, encode in self._encoders:
             value = values[index]
-            if value is None and column.is_optional:
-                continue
-            try:
-                values[index] = encode(value)
-            except (ValueError, OverflowError, TypeError, AttributeError) as error:
-                raise self._refusal(column.name, value, error) from None
+            if value is not None:
+                try:
+                    values[index] = encode(value)
+                except (ValueError, OverflowError) as error:
+                    raise self._refusal(column.name, value, error) from None
         try:
             storable(key)
         except ValueError as error:
@@ -186,17 +210,50 @@ class RowShape(Generic[R]):
 
     def encode_one(self, name: str, value: object) -> Any:
         """Return one column's value, encoded. Raises `ValueOutOfRangeError`."""
-        for _, column, encode in self._encoders:
-            if column.name == name and value is not None:
-                try:
-                    return encode(value)
-                except (ValueError, OverflowError, TypeError, AttributeError) as error:
-                    raise self._refusal(name, value, error) from None
-        return value
+        column, encode = self._by_name[name]
+        self._check_type(column, value)
+        try:
+            return None if value is None else encode(value)
+        except (ValueError, OverflowError) as error:
+            raise self._refusal(name, value, error) from None
 
-    def _refusal(self, name: str, value: object, error: Exception) -> ValueOutOfRangeError:
-        reason = "may not be None" if value is None else str(error)
-        return ValueOutOfRangeError(self.projection.name, name, repr(value), reason)
+    def sought(self, order: Order, seek: Seek) -> Any:
+        """Return the value to go on after, encoded. Raises `ValidationFailed`: it is from outside.
+
+        A value that no row can have would be refused by some databases and not by others.
+        """
+        try:
+            storable(seek.key)
+            return self.encode_one(order.column, seek.value)
+        except (ValueOutOfRangeError, ValueError):
+            reason = (("cursor", "is not a cursor of this order"),)
+            raise ValidationFailed(self.projection.name, reason) from None
+
+    def _check_types(self, values: Sequence[object]) -> None:
+        for column, value in zip(self.columns, values, strict=True):
+            self._check_type(column, value)
+
+    def _check_type(self, column: Column, value: object) -> None:
+        wanted = column.python_type
+        if value is None:
+            if not column.is_optional:
+                raise self._refusal(column.name, value, "may not be None")
+        elif not isinstance(value, (wanted, ALSO.get(wanted, wanted))) or (
+            wanted in NEVER and isinstance(value, NEVER[wanted])
+        ):
+            raise self._refusal(column.name, value, f"is no {wanted.__name__}")
+
+    def _refusal(self, name: str, value: object, reason: Exception | str) -> ValueOutOfRangeError:
+        # Without the value: it may be personal, and this is logged.
+        said = reason.reason if isinstance(reason, UnicodeEncodeError) else str(reason)
+        kind = f"a value of type {type(value).__name__}"
+        return ValueOutOfRangeError(self.projection.name, name, kind, said)
+
+
+def _encoder(column: Column, encoders: Mapping[type, Callable[[Any], Any]]) -> Callable[[Any], Any]:
+    if issubclass(column.python_type, Enum):
+        return _text_of(encoders[str])
+    return encoders[column.python_type]
 
 
 def _text_of(encode: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -18,11 +18,11 @@ from uuid import UUID
 import sqlalchemy as sa
 from pydantic_core import to_json
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.schema import CreateTable
+from sqlalchemy.schema import CreateIndex, CreateTable
 
-from leftfold.application import Projection, ValidationFailed
+from leftfold.application import Projection
 from leftfold.application.ports import Order, Seek
-from leftfold.infrastructure.errors import ValueOutOfRangeError
+from leftfold.domain import ALWAYS, Specification
 from leftfold.infrastructure.rows import (
     CHECKS,
     DECIMALS,
@@ -32,6 +32,7 @@ from leftfold.infrastructure.rows import (
     describe,
     scaled,
 )
+from leftfold.infrastructure.where import Conditions
 
 R = TypeVar("R")
 
@@ -129,6 +130,7 @@ class ViewTable(Generic[R]):
         kinds = _SQLITE_KINDS if is_sqlite else _POSTGRES_KINDS
         self.projection = projection
         self.dialect = dialect
+        self._enums: set[str] = set()
         self._shape = RowShape(projection, _SQLITE_ENCODERS if is_sqlite else _POSTGRES_ENCODERS)
         key = sa.Column("key", sa.Text(collation=None if is_sqlite else "C"), primary_key=True)
         columns: list[sa.Column[Any]] = []
@@ -139,6 +141,8 @@ class ViewTable(Generic[R]):
             column = sa.Column(field.name, kind.column, nullable=field.is_optional)
             columns.append(column)
             shown.append((kind.display(column) if kind.display else column).label(field.name))
+            if issubclass(field.python_type, Enum):
+                self._enums.add(field.name)
             decode = _decoder(field, kind)
             if decode:
                 self._decoders.append((index, decode))
@@ -221,11 +225,17 @@ class ViewTable(Generic[R]):
         row: R = self.projection.row(*fields)
         return row
 
-    def select(self, order: Order | None, limit: int | None, seek: Seek | None = None) -> Statement:
+    def select(
+        self,
+        order: Order | None,
+        limit: int | None,
+        seek: Seek | None = None,
+        where: Specification[Any] = ALWAYS,
+    ) -> Statement:
         """Return the query for member rows: the key, then the row's columns."""
         table, key = self.table, self.table.c.key
         query = sa.select(key, *(table.c[name] for name in self.projection.columns))
-        query = query.where(table.c.member)
+        query = query.where(table.c.member, *self._conditions(where))
         if order is not None:
             column = table.c[order.column]
             if seek is not None:
@@ -237,19 +247,49 @@ class ViewTable(Generic[R]):
         query = query.order_by(key.asc())
         if limit is not None:
             query = query.limit(limit)
+        return self._statement(query)
+
+    def count(self, where: Specification[Any]) -> Statement:
+        """Return the query for the number of member rows."""
+        counted = sa.select(sa.func.count()).select_from(self.table)
+        return self._statement(counted.where(self.table.c.member, *self._conditions(where)))
+
+    @cached_property
+    def indexes(self) -> tuple[str, ...]:
+        """The statements that make the projection's indexes; the key ends each, for paging."""
+        made = (
+            sa.Index(
+                "_".join((self.table.name, *names, "index")),
+                *(self.table.c[name] for name in names),
+                self.table.c.key,
+            )
+            for names in self.projection.indexes
+        )
+        return tuple(self._text(CreateIndex(index, if_not_exists=True)) for index in made)
+
+    def _conditions(self, where: Specification[Any]) -> list[sa.ColumnElement[bool]]:
+        if where == ALWAYS:
+            return []
+        columns = {name: self.table.c[name] for name in self.projection.columns}
+        is_sqlite = self.dialect is SQLITE
+        return [Conditions(columns, self._constant, is_sqlite=is_sqlite).write(where)]
+
+    def _constant(self, name: str, value: object) -> object:
+        """Return what a column holds for a specification's constant."""
+        if isinstance(value, str) and name in self._enums:
+            return value  # specifications know an enum's members by their values
+        return self._shape.encode_one(name, value)
+
+    def _statement(self, query: sa.Select[Any]) -> Statement:
         compiled = query.compile(dialect=self.dialect)
         return Statement(str(compiled), compiled.params)
 
     def _after(self, column: sa.Column[Any], order: Order, seek: Seek) -> sa.ColumnElement[bool]:
         key_after = self.table.c.key > seek.key
-        if seek.value is None:
+        encoded = self._shape.sought(order, seek)
+        if encoded is None:
             same = sa.and_(column.is_(None), key_after)
             return same if order.descending else sa.or_(column.is_not(None), same)
-        try:
-            encoded = self._shape.encode_one(order.column, seek.value)
-        except ValueOutOfRangeError:
-            reason = (("cursor", "is not a cursor of this order"),)
-            raise ValidationFailed(self.projection.name, reason) from None
         value = sa.literal(encoded, column.type)
         same = sa.and_(column == value, key_after)
         if order.descending:

@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 from leftfold.application import EventMapper, InvalidModelError, Page, Projection, ValidationFailed
-from leftfold.application.ports import Order, Platform, Store
+from leftfold.application.planning import Plan, plan
+from leftfold.application.ports import Order, Platform, Seek, Store
 from leftfold.application.reading import (
     ViewOf,
     current_after,
@@ -15,8 +16,19 @@ from leftfold.application.reading import (
     read_cursor,
     write_cursor,
 )
-from leftfold.domain import Aggregate, DomainEvent, Event
+from leftfold.domain import (
+    ALWAYS,
+    Aggregate,
+    DomainEvent,
+    Event,
+    LeftfoldError,
+    Specification,
+)
 from leftfold.infrastructure.follower import Follower
+
+CHUNK = 1_000
+"""Rows read at a time where Python has to look at each."""
+EVERYTHING = Plan(ALWAYS, ALWAYS)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -43,24 +55,67 @@ class FollowedViews:
         return await self._read(projection, self._store.views.get, projection, key)
 
     async def rows(
-        self, projection: Projection[R], order: Order | None = None, limit: int | None = None
+        self,
+        projection: Projection[R],
+        order: Order | None = None,
+        limit: int | None = None,
+        where: Specification[R] = ALWAYS,
     ) -> tuple[R, ...]:
-        select = self._store.views.select
-        found = await self._read(projection, select, projection, order, limit)
+        planned = _planned(projection, where)
+        found = await self._find(projection, order, limit, None, planned)
         return tuple(row for _, row in found)
 
     async def page(
-        self, projection: Projection[R], order: str, limit: int, cursor: str | None = None
+        self,
+        projection: Projection[R],
+        order: str,
+        limit: int,
+        cursor: str | None = None,
+        where: Specification[R] = ALWAYS,
     ) -> Page[R]:
         if limit < 1:
             raise ValidationFailed(projection.name, (("limit", "is below 1"),))
         by = parse_order(projection, order)
         seek = read_cursor(projection, by, cursor) if cursor is not None else None
-        select = self._store.views.select
-        found = await self._read(projection, select, projection, by, limit + 1, seek)
+        planned = _planned(projection, where)
+        found = await self._find(projection, by, limit + 1, seek, planned)
         shown, is_last = found[:limit], len(found) <= limit
         after = None if is_last else write_cursor(projection, by, *shown[-1])
         return Page(tuple(row for _, row in shown), after)
+
+    async def count(self, projection: Projection[R], where: Specification[R] = ALWAYS) -> int:
+        planned = _planned(projection, where)
+        if planned.rest != ALWAYS:
+            return len(await self._find(projection, None, None, None, planned))
+        counted: int = await self._read(
+            projection, self._store.views.count, projection, planned.sql
+        )
+        return counted
+
+    async def _find(
+        self,
+        projection: Projection[R],
+        order: Order | None,
+        limit: int | None,
+        seek: Seek | None,
+        planned: Plan,
+    ) -> list[tuple[str, R]]:
+        """Find rows: what the database could not tell is asked of each row that it gave."""
+        select = self._store.views.select
+        if planned.rest == ALWAYS:
+            return await self._read(projection, select, projection, order, limit, seek, planned.sql)
+        found: list[tuple[str, R]] = []
+        while limit is None or len(found) < limit:
+            wanted = None if order is None else CHUNK
+            rows = await self._read(
+                projection, select, projection, order, wanted, seek, planned.sql
+            )
+            found += [(key, row) for key, row in rows if planned.rest.is_satisfied_by(row)]
+            if order is None or len(rows) < CHUNK:
+                break
+            key, row = rows[-1]
+            seek = Seek(getattr(row, order.column), key)
+        return found[:limit]
 
     async def _read(self, projection: Projection[Any], function: Callable[..., T], *args: Any) -> T:
         follower = self._followers.get(projection.table)
@@ -72,6 +127,15 @@ class FollowedViews:
         if self._store.log.is_local:
             return function(*args)
         return await self._platform.in_thread(function, *args)
+
+
+def _planned(projection: Projection[Any], where: Specification[Any]) -> Plan:
+    if where is ALWAYS:
+        return EVERYTHING
+    try:
+        return plan(where.bind(projection.row))
+    except LeftfoldError as error:
+        raise ValidationFailed(projection.name, (("where", str(error)),)) from None
 
 
 class StoredHistories:

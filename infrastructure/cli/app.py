@@ -22,7 +22,7 @@ from leftfold.application.items import (
     ItemRow,
     item_model,
 )
-from leftfold.domain import LeftfoldError, Result
+from leftfold.domain import InvalidSpecification, LeftfoldError, Result, Specification
 from leftfold.infrastructure.cli.output import (
     ReaderGoneError,
     complain,
@@ -142,6 +142,9 @@ def items(
     order: Order = "sku",
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="Rows to show.")] = 20,
     cursor: Annotated[str, typer.Option(help="Where to go on.", show_default=False)] = "",
+    where: Annotated[
+        str, typer.Option(help="Only these: \"on_hand < 10 and name contains 'HEART'\".")
+    ] = "always",
     as_json: AsJson = False,
 ) -> None:
     """List items."""
@@ -149,7 +152,8 @@ def items(
     async def run() -> Any:
         async with _open(store) as shop:
             (await shop.catch_up()).unwrap()
-            query = FindItems(order=order, limit=limit, cursor=cursor or None)
+            wanted = _specification(where)
+            query = FindItems(where=wanted, order=order, limit=limit, cursor=cursor or None)
             return _unwrap(await shop.queries.dispatch(query))
 
     page = _run(run())
@@ -287,6 +291,14 @@ def _following(store: str) -> Iterator[None]:
         env=environment,
     ):
         yield
+
+
+def _specification(sentence: str) -> Specification[ItemRow]:
+    try:
+        return Specification.parse(sentence)
+    except InvalidSpecification as error:
+        reason = error.reason.partition("\n")[0]  # the rest points at the place with a caret
+        raise ValidationFailed("--where", ((error.where, reason),)) from None
 
 
 def _query(shop: Runtime, name: str, sku: str) -> Any:

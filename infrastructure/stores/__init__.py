@@ -24,10 +24,12 @@ __all__ = ["SharedLog", "make_store"]
 def make_store(settings: Settings) -> Store:
     """Return the store that the settings name, not yet open.
 
-    Raises `InvalidSettingsError` for a URL of no known form, `MissingPackageError` for a
-    database whose driver is not installed.
+    Raises `InvalidSettingsError` for a URL of no known form or a malformed one,
+    `MissingPackageError` for a database whose driver is not installed.
     """
     url = settings.store
+    if "\0" in url:
+        raise InvalidSettingsError("store", "holds a NUL character")
     if url == MemoryStore.name:
         return MemoryStore()
     if url.startswith("sqlite:///") and len(url) > len("sqlite:///"):

@@ -23,6 +23,7 @@ from leftfold.application.ports import (
     Stale,
     Verdict,
 )
+from leftfold.domain import ALWAYS, Specification
 from leftfold.infrastructure.rows import RowShape
 
 R = TypeVar("R")
@@ -179,9 +180,11 @@ class MemoryViews:
         order: Order | None,
         limit: int | None,
         seek: Seek | None = None,
+        where: Specification[Any] = ALWAYS,
     ) -> list[tuple[str, R]]:
         rows = self._rows.get(projection.table, {}).items()
-        shown = sorted((key, row) for key, row in rows if projection.shows(row))
+        is_wanted = where.is_satisfied_by
+        shown = sorted((key, row) for key, row in rows if projection.shows(row) and is_wanted(row))
         if order is None:
             return shown[:limit]
 
@@ -193,6 +196,7 @@ class MemoryViews:
 
         shown.sort(key=value_of, reverse=order.descending)  # stable: ties stay by key
         if seek is not None:
+            self._shape(projection).sought(order, seek)  # refuses what no database could look for
             stop = rank(seek.value)
             shown = [
                 entry
@@ -201,6 +205,9 @@ class MemoryViews:
                 or (value_of(entry) < stop if order.descending else value_of(entry) > stop)
             ]
         return shown[:limit]
+
+    def count(self, projection: Projection[Any], where: Specification[Any] = ALWAYS) -> int:
+        return len(self.select(projection, None, None, None, where))
 
 
 class MemoryStore:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from threading import Lock  # noqa: TID251 - no thread is started: callers are threads
 from typing import Any, TypeVar
 from uuid import UUID
 
 import psycopg
 from eventsourcing.persistence import (
-    InterfaceError,
-    Notification,
-    OperationalError,
     PersistenceError,
     StoredEvent,
     Tracking,
@@ -22,7 +20,7 @@ from eventsourcing.postgres import (
     PostgresProcessRecorder,
 )
 from psycopg.conninfo import conninfo_to_dict
-from psycopg.rows import TupleRow, dict_row, tuple_row
+from psycopg.rows import DictRow, TupleRow, dict_row, tuple_row
 
 from leftfold.application import Projection
 from leftfold.application.ports import (
@@ -39,22 +37,34 @@ from leftfold.application.ports import (
     Stale,
     Verdict,
 )
+from leftfold.domain import ALWAYS, Specification
 from leftfold.infrastructure.errors import (
+    InvalidSettingsError,
     SchemaMissingError,
     SchemaVersionError,
     StoreUnavailableError,
     ViewChangedError,
 )
 from leftfold.infrastructure.settings import masked
+from leftfold.infrastructure.stores.common import (
+    MAX_VERSION,
+    SCHEMA_VERSION,
+    Notifying,
+    Tables,
+    dump_aggregates,
+    encoded,
+    load_aggregates,
+)
 from leftfold.infrastructure.tables import POSTGRES, ViewTable
 
 R = TypeVar("R")
 Cursor = psycopg.Cursor[TupleRow]
 
-SCHEMA_VERSION = 1
 CHANNEL = "stored_events"
 DDL_LOCK = 0x1EF7F01D  # one number for all processes: whoever holds it changes tables
 MAX_INSERTED = 1_000  # events in one INSERT
+# The lock makes the order of commits the order of positions.
+LOCK = "LOCK TABLE stored_events IN EXCLUSIVE MODE; NOTIFY stored_events"
 
 TABLES = (
     """CREATE TABLE IF NOT EXISTS stored_events (
@@ -90,6 +100,37 @@ TABLES = (
 class PostgresDatabase(PostgresDatastore):
     """The library's connections to one database."""
 
+    def __init__(self, parts: Mapping[str, Any], lock_timeout: int) -> None:
+        """Connect on demand, with all parts of a URL; the library knows five of them."""
+        super().__init__(
+            *("", "", "", "", ""),
+            pool_size=1,
+            max_overflow=7,
+            lock_timeout=lock_timeout,
+            connect_timeout=lock_timeout,
+        )
+        self.pool.kwargs = {**parts, "row_factory": dict_row}
+
+    def after_connect_func(self) -> Callable[[psycopg.Connection[Any]], None]:
+        prepare, session = super().after_connect_func(), _session(self.lock_timeout)
+
+        def after_connect(connection: psycopg.Connection[Any]) -> None:
+            prepare(connection)
+            connection.execute(session)
+
+        return after_connect
+
+    @contextlib.contextmanager
+    def get_connection(self) -> Iterator[psycopg.Connection[DictRow]]:
+        """Lend a connection; what is wrong with it is said without values of rows."""
+        try:
+            with super().get_connection() as connection:
+                yield connection
+        except PersistenceError as error:
+            if isinstance(error.__cause__, psycopg.Error):
+                raise type(error)(_without_values(error.__cause__)) from error.__cause__
+            raise
+
     @contextlib.contextmanager
     def reading(self, *, binary: bool = False) -> Iterator[Cursor]:
         """Lend a cursor whose rows are plain tuples."""
@@ -110,32 +151,41 @@ class PostgresDatabase(PostgresDatastore):
             yield cursor
 
 
-class PostgresLog(PostgresProcessRecorder):
+def _session(lock_timeout: int) -> bytes:
+    """What every connection begins with.
+
+    In other zones the first and last days of the calendar cannot be read.
+    """
+    return f"SET TIME ZONE 'UTC'; SET lock_timeout = '{lock_timeout}s'".encode()
+
+
+def _without_values(error: psycopg.Error) -> str:
+    """Say what is wrong; the server's details, and its texts on data, quote rows."""
+    if isinstance(error, psycopg.DataError):
+        return type(error).__name__
+    return error.diag.message_primary or str(error).strip()
+
+
+class PostgresLog(Notifying, PostgresProcessRecorder):
     """The log and the recorder of the library, on one table of events."""
 
     is_local = False
     datastore: PostgresDatabase
-
-    @property
-    def _begin(self) -> bytes:
-        patience = f"SET LOCAL lock_timeout = '{self.datastore.lock_timeout}s'"
-        lock = "LOCK TABLE stored_events IN EXCLUSIVE MODE"
-        return f"BEGIN; {patience}; {lock}; NOTIFY stored_events".encode()
 
     # The application's port
 
     def commit(self, groups: Sequence[Group]) -> list[Verdict]:
         if len(groups) > 1:
             together = [save for group in groups for save in group]
-            verdict, positions = self._write(together)
+            verdict = self._write(together)
             if isinstance(verdict, Committed):
-                each = iter(positions)
+                each = iter(verdict.positions)
                 return [Committed(tuple(next(each) for _ in group)) for group in groups]
             if isinstance(verdict, Failed):
                 return [verdict] * len(groups)
-        return [self._write(group)[0] for group in groups]
+        return [self._write(group) for group in groups]
 
-    def _write(self, saves: Group) -> tuple[Verdict, list[int]]:
+    def _write(self, saves: Group) -> Verdict:
         is_committing = False
         try:
             with (
@@ -143,21 +193,20 @@ class PostgresLog(PostgresProcessRecorder):
                 connection.cursor(row_factory=tuple_row) as cursor,
             ):
                 try:
-                    # The lock makes the order of commits the order of positions.
-                    cursor.execute(self._begin)
+                    cursor.execute(f"BEGIN; {LOCK}".encode())
                     positions = _insert_saves(cursor, saves)
                     is_committing = True
                     cursor.execute("COMMIT")
                 except psycopg.errors.UniqueViolation as error:
                     connection.rollback()
-                    return _verdict(error), []
+                    return _verdict(error)
                 except BaseException:
                     with contextlib.suppress(psycopg.Error):
                         connection.rollback()
                     raise
-        except (OperationalError, InterfaceError, PersistenceError) as error:
-            return Failed(str(error), in_doubt=is_committing), []
-        return Committed(tuple(positions)), positions
+        except PersistenceError as error:
+            return Failed(str(error), in_doubt=is_committing)
+        return Committed(tuple(positions))
 
     def streams(self, aggregate_ids: Sequence[UUID]) -> dict[UUID, list[EncodedEvent]]:
         found: dict[UUID, list[EncodedEvent]] = {i: [] for i in aggregate_ids}
@@ -197,7 +246,7 @@ class PostgresLog(PostgresProcessRecorder):
             )
             return {
                 command_id: RecordedCommand(
-                    command_id, command, _aggregates(aggregates), position, answer
+                    command_id, command, load_aggregates(aggregates), position, answer
                 )
                 for command_id, command, aggregates, position, answer in cursor
             }
@@ -224,14 +273,8 @@ class PostgresLog(PostgresProcessRecorder):
 
     def insert_events(self, stored_events: Sequence[StoredEvent], **kwargs: Any) -> list[int]:
         with self.datastore.writing() as cursor:
-            cursor.execute(f"SET LOCAL lock_timeout = '{self.datastore.lock_timeout}s'".encode())
-            cursor.execute("LOCK TABLE stored_events IN EXCLUSIVE MODE")
-            cursor.execute("NOTIFY stored_events")
-            events = [
-                EncodedEvent(_as_uuid(e.originator_id), e.originator_version, e.topic, e.state)
-                for e in stored_events
-            ]
-            positions = _insert_events(cursor, events)
+            cursor.execute(LOCK)
+            positions = _insert_events(cursor, encoded(stored_events))
             tracking: Tracking | None = kwargs.get("tracking")
             if tracking is not None:
                 rows = cursor.connection.cursor(row_factory=dict_row)
@@ -253,28 +296,10 @@ class PostgresLog(PostgresProcessRecorder):
                 "SELECT originator_version, topic, state FROM stored_events "
                 "WHERE originator_id = %s AND originator_version > %s "
                 f"AND originator_version <= %s ORDER BY originator_version {direction} LIMIT %s",
-                (originator_id, gt or 0, 2**62 if lte is None else lte, limit),
+                (originator_id, gt or 0, MAX_VERSION if lte is None else lte, limit),
                 prepare=True,
             )
             return [StoredEvent(originator_id, *values) for values in cursor]
-
-    def select_notifications(
-        self,
-        start: int | None,
-        limit: int,
-        stop: int | None = None,
-        topics: Sequence[str] = (),
-        *,
-        inclusive_of_start: bool = True,
-    ) -> list[Notification]:
-        after = 0 if start is None else start - 1 if inclusive_of_start else start
-        return [
-            Notification(
-                event.aggregate_id, event.version, event.topic, event.state, event.position
-            )
-            for event in self.read(after, limit, topics)
-            if stop is None or event.position <= stop
-        ]
 
 
 def _insert_events(cursor: Cursor, events: Sequence[EncodedEvent]) -> list[int]:
@@ -311,7 +336,7 @@ def _insert_saves(cursor: Cursor, saves: Sequence[Save]) -> list[int]:
             [save.command_id for save in saves],
             [save.command for save in saves],
             positions,
-            [json.dumps([[i.hex, version] for i, version in s.aggregates]) for s in saves],
+            [dump_aggregates(save.aggregates) for save in saves],
             [save.answer for save in saves],
         ),
         prepare=True,
@@ -323,25 +348,14 @@ def _verdict(error: psycopg.errors.UniqueViolation) -> Verdict:
     return Repeated() if error.diag.table_name == "leftfold_commands" else Stale()
 
 
-def _aggregates(text: str) -> tuple[tuple[UUID, int], ...]:
-    return tuple((UUID(i), version) for i, version in json.loads(text))
-
-
-def _as_uuid(aggregate_id: UUID | str) -> UUID:
-    return aggregate_id if isinstance(aggregate_id, UUID) else UUID(aggregate_id)
-
-
-class PostgresViews:
+class PostgresViews(Tables):
     """Views and their checkpoints as tables beside the events."""
 
-    def __init__(self, database: PostgresDatabase) -> None:
-        self._database = database
-        self._tables: dict[str, ViewTable[Any]] = {}
+    dialect = POSTGRES
 
-    def table(self, projection: Projection[R]) -> ViewTable[R]:
-        if projection.table not in self._tables:
-            self._tables[projection.table] = ViewTable(projection, POSTGRES)
-        return self._tables[projection.table]
+    def __init__(self, database: PostgresDatabase) -> None:
+        super().__init__()
+        self._database = database
 
     def checkpoint(self, projection: Projection[Any]) -> int:
         with self._database.reading() as cursor:
@@ -387,22 +401,26 @@ class PostgresViews:
                 cursor.execute(f"{table.delete_by_key} = ANY(%s)".encode(), (deleted,))
         return True
 
-    def get(self, projection: Projection[R], key: str) -> R | None:
-        row = self.load(projection, (key,)).get(key)
-        return row if row is not None and projection.shows(row) else None
-
     def select(
         self,
         projection: Projection[R],
         order: Order | None,
         limit: int | None,
         seek: Seek | None = None,
+        where: Specification[Any] = ALWAYS,
     ) -> list[tuple[str, R]]:
         table = self.table(projection)
-        query = table.select(order, limit, seek)
+        query = table.select(order, limit, seek, where)
         with self._database.reading() as cursor:
             cursor.execute(query.sql.encode(), query.parameters)
             return [(key, table.decode(values)) for key, *values in cursor]
+
+    def count(self, projection: Projection[Any], where: Specification[Any] = ALWAYS) -> int:
+        query = self.table(projection).count(where)
+        with self._database.reading() as cursor:
+            cursor.execute(query.sql.encode(), query.parameters)
+            (counted,) = cursor.fetchone() or (0,)
+            return int(counted)
 
 
 class PostgresStore:
@@ -411,16 +429,14 @@ class PostgresStore:
     hints = True
 
     def __init__(self, url: str, lock_timeout: int) -> None:
-        """Use this database. Raises `StoreUnavailableError` for a malformed URL."""
+        """Use this database. Raises `InvalidSettingsError` for a malformed URL."""
         self.name = masked(url)
         self._url = url
         self._lock_timeout = lock_timeout
         self._database: PostgresDatabase | None = None
         self._listener: psycopg.Connection[TupleRow] | None = None
-        try:
-            self._parts: dict[str, Any] = conninfo_to_dict(url)
-        except psycopg.ProgrammingError as error:
-            raise StoreUnavailableError(self.name, masked(str(error))) from None
+        self._listening = Lock()
+        self._parts = _parts(url)
 
     def open(self, projections: Sequence[Projection[Any]], *, create_tables: bool) -> None:
         """Connect, and see to the tables.
@@ -429,32 +445,26 @@ class PostgresStore:
         `ViewChangedError`.
         """
         try:
-            with psycopg.connect(
-                self._url, connect_timeout=self._lock_timeout, row_factory=tuple_row
-            ) as connection:
+            with self._connect() as connection:
                 cursor = connection.cursor()
+                cursor.execute(_session(self._lock_timeout))
                 cursor.execute("SELECT pg_advisory_xact_lock(%s)", (DDL_LOCK,))
                 self._set_up(cursor, projections, create_tables=create_tables)
         except psycopg.Error as error:
-            raise StoreUnavailableError(self.name, str(error).strip()) from None
-        database = PostgresDatabase(
-            dbname=self._parts.get("dbname", ""),
-            host=self._parts.get("host", ""),
-            port=self._parts.get("port", ""),
-            user=self._parts.get("user", ""),
-            password=self._parts.get("password", ""),
-            pool_size=1,
-            max_overflow=7,
-            lock_timeout=self._lock_timeout,
-            connect_timeout=self._lock_timeout,
-        )
-        # The library knows five parameters; the URL's others (sslmode, …) hold for the pool too.
-        database.pool.kwargs = {**self._parts, "row_factory": dict_row}
-        self._database = database
+            raise StoreUnavailableError(self.name, _without_values(error)) from None
+        database = self._database = PostgresDatabase(self._parts, self._lock_timeout)
         self.views = PostgresViews(database)
         for projection in projections:
             self.views.table(projection)
         self.log = PostgresLog(database, events_table_name="stored_events")
+
+    def _connect(self, *, autocommit: bool = False) -> psycopg.Connection[TupleRow]:
+        return psycopg.connect(
+            self._url,
+            autocommit=autocommit,
+            connect_timeout=self._lock_timeout,
+            row_factory=tuple_row,
+        )
 
     def _set_up(
         self, cursor: Cursor, projections: Sequence[Projection[Any]], *, create_tables: bool
@@ -485,12 +495,16 @@ class PostgresStore:
         if found is not None:
             if found[0] != table.description:
                 raise ViewChangedError(projection.table)
+            if create_tables:
+                _make_indexes(cursor, table)
             return
         if not create_tables:
             raise SchemaMissingError(self.name, projection.table)
         cursor.execute(table.definition.encode())
-        cursor.execute(f'DROP VIEW IF EXISTS "{projection.name}"'.encode())
-        cursor.execute(table.member_view.encode())
+        _make_indexes(cursor, table)
+        if not _shows(cursor, projection):
+            cursor.execute(f'DROP VIEW IF EXISTS "{projection.name}"'.encode())
+            cursor.execute(table.member_view.encode())
         cursor.execute(
             "INSERT INTO leftfold_checkpoints (name, version, position, definition) "
             "VALUES (%s, %s, 0, %s)",
@@ -500,11 +514,18 @@ class PostgresStore:
     def listen(self) -> int | None:
         """Begin to listen for commits; return a descriptor that becomes readable at each."""
         if self._listener is None:
-            self._listener = psycopg.connect(
-                self._url, autocommit=True, connect_timeout=self._lock_timeout
-            )
-            self._listener.execute(f"LISTEN {CHANNEL}")
-        return self._listener.fileno()
+            listener = self._connect(autocommit=True)
+            try:
+                listener.execute(f"LISTEN {CHANNEL}")
+                with self._listening:
+                    # While it connected, the store may have been closed.
+                    if self._database is not None and self._listener is None:
+                        self._listener = listener
+            finally:
+                if self._listener is not listener:
+                    listener.close()
+        with self._listening:
+            return None if self._listener is None else self._listener.fileno()
 
     def heard(self) -> bool:
         """Take what the listener received; False if its connection was lost."""
@@ -524,10 +545,47 @@ class PostgresStore:
         return False
 
     def close(self) -> None:
-        """Close all connections."""
-        if self._listener is not None:
-            self._listener.close()
-            self._listener = None
-        if self._database is not None:
-            self._database.close()
-            self._database = None
+        """Close all connections; one that begins to listen meanwhile closes its own."""
+        with self._listening:
+            database, self._database = self._database, None
+            listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.close()
+        if database is not None:
+            database.close()
+
+
+def _parts(url: str) -> dict[str, Any]:
+    """Return what a URL says. Raises `InvalidSettingsError`, which quotes nothing, if malformed.
+
+    The driver also takes URLs whose password is not encoded, and reads parts of it as other
+    things, which it then quotes in its errors.
+    """
+    malformed = InvalidSettingsError("store", f"{masked(url)!r} is malformed")
+    try:
+        parts: dict[str, Any] = conninfo_to_dict(url)
+    except (psycopg.Error, ValueError):
+        raise malformed from None
+    address = re.sub(r"^\w+://([^@/]*@)?", "", url).partition("?")[0]
+    ports = str(parts.get("port", "")).split(",")
+    if "@" in address or not all(port.isdecimal() for port in ports if port):
+        raise malformed
+    return parts
+
+
+def _shows(cursor: Cursor, projection: Projection[Any]) -> bool:
+    """Tell whether the view for people is on this version's table already.
+
+    If it is it stays: to drop it is to wait for all who read it.
+    """
+    cursor.execute(
+        "SELECT EXISTS (SELECT FROM pg_depend JOIN pg_rewrite ON pg_rewrite.oid = objid "
+        "WHERE ev_class = to_regclass(%s) AND refobjid = to_regclass(%s))",
+        (f'"{projection.name}"', f'"{projection.table}"'),
+    )
+    return cursor.fetchone() == (True,)
+
+
+def _make_indexes(cursor: Cursor, table: ViewTable[Any]) -> None:
+    for index in table.indexes:
+        cursor.execute(index.encode())

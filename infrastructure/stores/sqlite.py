@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import chain, islice
 from pathlib import Path
 from threading import Lock  # noqa: TID251 - no thread is started: callers are threads
 from typing import Any, TypeVar
 from uuid import UUID
 
 from eventsourcing.persistence import (
+    DataError,
     IntegrityError,
-    Notification,
     OperationalError,
     PersistenceError,
+    ProgrammingError,
     StoredEvent,
     Tracking,
 )
@@ -42,26 +43,41 @@ from leftfold.application.ports import (
     Stale,
     Verdict,
 )
+from leftfold.domain import ALWAYS, Specification
 from leftfold.infrastructure.errors import (
     SchemaMissingError,
     SchemaVersionError,
     StoreUnavailableError,
     ViewChangedError,
 )
+from leftfold.infrastructure.stores.common import (
+    MAX_VERSION,
+    SCHEMA_VERSION,
+    Notifying,
+    Tables,
+    as_uuid,
+    dump_aggregates,
+    encoded,
+    load_aggregates,
+)
 from leftfold.infrastructure.tables import SQLITE, ViewTable
 
 R = TypeVar("R")
 T = TypeVar("T")
 
-SCHEMA_VERSION = 1
 MAX_PARAMETERS = 500  # ids in one IN (…)
-MAX_VERSION = 2**62
 ROWS_AT_ONCE = 500
 IDLE_READERS = 8
 ATTEMPTS_AT_WAL = 100  # others that open the same new file may come between
 BULK = 500  # rows from which a transaction is large
 CHECKPOINT, BULK_CHECKPOINT = 1_000, 8_000  # pages in the write-ahead log before it is moved
 CACHE = 32_768  # KiB of pages the writer keeps: the index on aggregates is written at random
+LIBRARY_ERRORS: dict[type[sqlite3.Error], type[PersistenceError]] = {
+    sqlite3.DataError: DataError,
+    sqlite3.IntegrityError: IntegrityError,
+    sqlite3.OperationalError: OperationalError,
+    sqlite3.ProgrammingError: ProgrammingError,
+}
 
 TABLES = (
     # The position is declared, since VACUUM may renumber an undeclared rowid.
@@ -209,15 +225,11 @@ def _library_errors() -> Iterator[None]:
     """Raise the driver's errors as the library's."""
     try:
         yield
-    except sqlite3.IntegrityError as error:
-        raise IntegrityError(str(error)) from error
-    except sqlite3.OperationalError as error:
-        raise OperationalError(str(error)) from error
     except sqlite3.Error as error:
-        raise PersistenceError(str(error)) from error
+        raise LIBRARY_ERRORS.get(type(error), PersistenceError)(str(error)) from error
 
 
-class SQLiteLog(SQLiteProcessRecorder):
+class SQLiteLog(Notifying, SQLiteProcessRecorder):
     """The log and the recorder of the library, on one table of events."""
 
     is_local = False
@@ -229,19 +241,19 @@ class SQLiteLog(SQLiteProcessRecorder):
     # The application's port
 
     def commit(self, groups: Sequence[Group]) -> list[Verdict]:
+        saves = list(chain.from_iterable(groups))
+        events = _events_of(saves)
         try:
-            events = sum(len(save.events) for group in groups for save in group)
-            with self.datastore.writing(events) as connection:
-                if len(groups) == 1:
-                    return [_write_group(connection, groups[0])]
-                with contextlib.suppress(sqlite3.IntegrityError):
-                    return _write_all_at_once(connection, groups)
-                return _write_one_by_one(connection, groups)
-        except _Refused as refused:
-            return [refused.verdict]
+            try:
+                with self.datastore.writing(len(events)) as connection:
+                    positions = iter(_insert_saves(connection, saves, events))
+            except IntegrityError:
+                with self.datastore.writing(len(events)) as connection:
+                    return _write_one_by_one(connection, groups)
         except PersistenceError as error:
             # SQLite is in this process: a commit that fails is rolled back.
             return [Failed(str(error), in_doubt=False)] * len(groups)
+        return [Committed(tuple(islice(positions, len(group)))) for group in groups]
 
     def streams(self, aggregate_ids: Sequence[UUID]) -> dict[UUID, list[EncodedEvent]]:
         found: dict[UUID, list[EncodedEvent]] = {}
@@ -281,7 +293,7 @@ class SQLiteLog(SQLiteProcessRecorder):
                 for command_id, command, aggregates, position, answer in cursor:
                     key = UUID(bytes=command_id)
                     found[key] = RecordedCommand(
-                        key, command, _aggregates(aggregates), position, answer
+                        key, command, load_aggregates(aggregates), position, answer
                     )
         return found
 
@@ -308,15 +320,11 @@ class SQLiteLog(SQLiteProcessRecorder):
 
     def insert_events(self, stored_events: Sequence[StoredEvent], **kwargs: Any) -> list[int]:
         with self.datastore.writing(len(stored_events)) as connection:
-            events = [
-                EncodedEvent(_as_uuid(e.originator_id), e.originator_version, e.topic, e.state)
-                for e in stored_events
-            ]
-            last = _insert_events(connection, events)
+            last = _insert_events(connection, encoded(stored_events))
             tracking: Tracking | None = kwargs.get("tracking")
             if tracking is not None:
                 self._insert_tracking(SQLiteCursor(connection.cursor()), tracking)
-        return list(range(last - len(events) + 1, last + 1))
+        return list(range(last - len(stored_events) + 1, last + 1))
 
     def select_events(
         self,
@@ -328,7 +336,7 @@ class SQLiteLog(SQLiteProcessRecorder):
         limit: int | None = None,
     ) -> list[StoredEvent]:
         direction = "DESC" if desc else "ASC"
-        aggregate_id = _as_uuid(originator_id)
+        aggregate_id = as_uuid(originator_id)
         with self.datastore.reading() as cursor:
             cursor.execute(
                 "SELECT originator_version, topic, state FROM stored_events "
@@ -342,30 +350,6 @@ class SQLiteLog(SQLiteProcessRecorder):
                 ),
             )
             return [StoredEvent(originator_id, *values) for values in cursor]
-
-    def select_notifications(
-        self,
-        start: int | None,
-        limit: int,
-        stop: int | None = None,
-        topics: Sequence[str] = (),
-        *,
-        inclusive_of_start: bool = True,
-    ) -> list[Notification]:
-        after = 0 if start is None else start - 1 if inclusive_of_start else start
-        return [
-            Notification(
-                event.aggregate_id, event.version, event.topic, event.state, event.position
-            )
-            for event in self.read(after, limit, topics)
-            if stop is None or event.position <= stop
-        ]
-
-
-class _Refused(Exception):
-    def __init__(self, verdict: Verdict) -> None:
-        super().__init__(verdict)
-        self.verdict = verdict
 
 
 def _insert_events(connection: sqlite3.Connection, events: Sequence[EncodedEvent]) -> int:
@@ -401,17 +385,21 @@ def _insert_rows(
     connection.executemany(insert + marks + conflict, rows[whole:])
 
 
-def _insert_saves(connection: sqlite3.Connection, saves: Iterable[Save]) -> list[int]:
+def _events_of(saves: Sequence[Save]) -> list[EncodedEvent]:
+    return [event for save in saves for event in save.events]
+
+
+def _insert_saves(
+    connection: sqlite3.Connection, saves: Sequence[Save], events: Sequence[EncodedEvent]
+) -> list[int]:
     """Insert the events and the ids of commands; return the position of each one's last event."""
-    saves = list(saves)
-    events = [event for save in saves for event in save.events]
     position = _insert_events(connection, events) - len(events)
     commands: list[tuple[object, ...]] = []
     positions: list[int] = []
     for save in saves:
         position += len(save.events)
         positions.append(position if save.events else 0)
-        aggregates = json.dumps([[i.hex, version] for i, version in save.aggregates])
+        aggregates = dump_aggregates(save.aggregates)
         commands.append(
             (save.command_id.bytes, save.command, positions[-1], aggregates, save.answer)
         )
@@ -423,30 +411,12 @@ def _insert_saves(connection: sqlite3.Connection, saves: Iterable[Save]) -> list
     return positions
 
 
-def _write_group(connection: sqlite3.Connection, group: Group) -> Committed:
-    try:
-        return Committed(tuple(_insert_saves(connection, group)))
-    except sqlite3.IntegrityError as error:
-        raise _Refused(_verdict(error)) from None
-
-
-def _write_all_at_once(connection: sqlite3.Connection, groups: Sequence[Group]) -> list[Verdict]:
-    connection.execute("SAVEPOINT together")
-    try:
-        saves = [save for group in groups for save in group]
-        positions = iter(_insert_saves(connection, saves))
-    except sqlite3.IntegrityError:
-        connection.execute("ROLLBACK TO together")
-        raise
-    return [Committed(tuple(next(positions) for _ in group)) for group in groups]
-
-
 def _write_one_by_one(connection: sqlite3.Connection, groups: Sequence[Group]) -> list[Verdict]:
     verdicts: list[Verdict] = []
     for group in groups:
         connection.execute("SAVEPOINT alone")
         try:
-            verdicts.append(Committed(tuple(_insert_saves(connection, group))))
+            verdicts.append(Committed(tuple(_insert_saves(connection, group, _events_of(group)))))
         except sqlite3.IntegrityError as error:
             connection.execute("ROLLBACK TO alone")
             verdicts.append(_verdict(error))
@@ -458,17 +428,9 @@ def _verdict(error: sqlite3.IntegrityError) -> Verdict:
     return Repeated() if "leftfold_commands" in str(error) else Stale()
 
 
-def _aggregates(text: str) -> tuple[tuple[UUID, int], ...]:
-    return tuple((UUID(i), version) for i, version in json.loads(text))
-
-
 @lru_cache(maxsize=65_536)
 def _uuid(stored: bytes) -> UUID:
     return UUID(bytes=stored)
-
-
-def _as_uuid(aggregate_id: UUID | str) -> UUID:
-    return aggregate_id if isinstance(aggregate_id, UUID) else UUID(aggregate_id)
 
 
 def _chunks(ids: list[T]) -> Iterator[list[T]]:
@@ -476,17 +438,14 @@ def _chunks(ids: list[T]) -> Iterator[list[T]]:
         yield ids[begin : begin + MAX_PARAMETERS]
 
 
-class SQLiteViews:
+class SQLiteViews(Tables):
     """Views and their checkpoints as tables beside the events."""
 
-    def __init__(self, file: SQLiteFile) -> None:
-        self._file = file
-        self._tables: dict[str, ViewTable[Any]] = {}
+    dialect = SQLITE
 
-    def table(self, projection: Projection[R]) -> ViewTable[R]:
-        if projection.table not in self._tables:
-            self._tables[projection.table] = ViewTable(projection, SQLITE)
-        return self._tables[projection.table]
+    def __init__(self, file: SQLiteFile) -> None:
+        super().__init__()
+        self._file = file
 
     def checkpoint(self, projection: Projection[Any]) -> int:
         with self._file.reading() as cursor:
@@ -531,22 +490,26 @@ class SQLiteViews:
             connection.executemany(f"{table.delete_by_key} = ?", deleted)
         return True
 
-    def get(self, projection: Projection[R], key: str) -> R | None:
-        row = self.load(projection, (key,)).get(key)
-        return row if row is not None and projection.shows(row) else None
-
     def select(
         self,
         projection: Projection[R],
         order: Order | None,
         limit: int | None,
         seek: Seek | None = None,
+        where: Specification[Any] = ALWAYS,
     ) -> list[tuple[str, R]]:
         table = self.table(projection)
-        query = table.select(order, limit, seek)
+        query = table.select(order, limit, seek, where)
         with self._file.reading() as cursor:
             cursor.execute(query.sql, query.parameters)
             return [(key, table.decode(values)) for key, *values in cursor]
+
+    def count(self, projection: Projection[Any], where: Specification[Any] = ALWAYS) -> int:
+        query = self.table(projection).count(where)
+        with self._file.reading() as cursor:
+            cursor.execute(query.sql, query.parameters)
+            (counted,) = cursor.fetchone()
+            return int(counted)
 
 
 class SQLiteStore:
@@ -557,7 +520,8 @@ class SQLiteStore:
     def __init__(self, path: str, lock_timeout: int) -> None:
         """Use this file; wait up to `lock_timeout` seconds for its write lock."""
         self.name = f"sqlite:///{path}"
-        self._path = Path(path)
+        # Once for all connections: the program may change its directory.
+        self._path = Path(path).absolute()
         self._lock_timeout = lock_timeout
         self._watched: sqlite3.Connection | None = None
         self._seen = 0
@@ -659,10 +623,13 @@ def _set_up_view(
     if found is not None:
         if found[0] != table.description:
             raise ViewChangedError(projection.table)
+        if create_tables:
+            _make_indexes(connection, table)
         return
     if not create_tables:
         raise SchemaMissingError(name, projection.table)
     connection.execute(table.definition)
+    _make_indexes(connection, table)
     connection.execute(f'DROP VIEW IF EXISTS "{projection.name}"')
     connection.execute(table.member_view)
     connection.execute(
@@ -670,6 +637,11 @@ def _set_up_view(
         "VALUES (?, ?, 0, ?)",
         (projection.name, projection.version, table.description),
     )
+
+
+def _make_indexes(connection: sqlite3.Connection, table: ViewTable[Any]) -> None:
+    for index in table.indexes:
+        connection.execute(index)
 
 
 def _has_table(connection: sqlite3.Connection, table: str) -> bool:

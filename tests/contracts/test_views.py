@@ -14,10 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from leftfold.application import Projection
+from leftfold.application import Projection, ValidationFailed
 from leftfold.application.ports import Order, Seek
 from leftfold.domain import attr
 from leftfold.infrastructure import ValueOutOfRangeError
+from leftfold.infrastructure.rows import RowShape
 from leftfold.infrastructure.settings import load_settings
 from leftfold.infrastructure.stores import make_store
 from leftfold.infrastructure.stores.memory import MemoryViews
@@ -86,6 +87,18 @@ PLAIN = Everything(
     colour=Colour.GREEN,
 )
 LARGEST = 2**63 - 1
+MISTAKEN = {
+    "number": (1.5, True, "1", Decimal(1)),
+    "amount": (1, 1.5, "1"),
+    "ratio": (True, "1", Decimal(1)),
+    "text": (1, b"x", UUID(int=1)),
+    "flag": (2, 1, "true"),
+    "moment": (date(2011, 12, 9), "2011-12-09T12:50:00Z", 0),
+    "day": (datetime(2011, 12, 9, tzinfo=UTC), "2011-12-09"),
+    "identity": ("abc", UUID(int=1).hex, 1),
+    "colour": ("red", 1),
+}
+"""Values of other types, some of which one database or the other would take."""
 TYPES = ("number", "amount", "ratio", "text", "flag", "moment", "day", "identity", "colour")
 
 
@@ -354,6 +367,11 @@ class ViewStoreContract:
             ("text", "nothing\0more"),
             ("text", "\ud800"),
             ("moment", datetime(2011, 12, 9, 12, 50)),  # noqa: DTZ001
+            ("moment", datetime(9999, 12, 31, 23, tzinfo=timezone(timedelta(hours=-9)))),
+            ("moment", datetime(1, 1, 1, tzinfo=timezone(timedelta(hours=9)))),
+            ("ratio", 2**53 + 1),
+            ("ratio", 10**400),
+            *((column, value) for column, values in MISTAKEN.items() for value in values),
         ],
     )
     def test_a_value_that_cannot_be_kept_is_refused_by_name_and_nothing_is_written(
@@ -379,11 +397,57 @@ class ViewStoreContract:
         assert views.checkpoint(stock) == 0
         assert keys(views, stock) == []
 
-    def test_none_where_the_row_type_has_no_none_is_refused_and_nothing_is_written(self, views):
-        with pytest.raises(ValueOutOfRangeError):
-            views.write(stock, {"a": Stock("Cup", None)}, 0, 1)
-        assert views.checkpoint(stock) == 0
-        assert keys(views, stock) == []
+    @pytest.mark.parametrize("column", TYPES)
+    def test_none_where_the_row_type_has_no_none_is_refused_and_nothing_is_written(
+        self, views, column
+    ):
+        with pytest.raises(ValueOutOfRangeError) as refusal:
+            views.write(everything, {"a": replace(PLAIN, **{column: None})}, 0, 1)
+        assert refusal.value.column == column
+        assert views.checkpoint(everything) == 0
+        assert keys(views, everything) == []
+
+    @pytest.mark.parametrize("row", [Stock("s3cret\0", 1), Stock("Cup", "s3cret")])
+    def test_a_refusal_does_not_quote_the_value(self, views, row):
+        with pytest.raises(ValueOutOfRangeError) as refusal:
+            views.write(stock, {"a": row}, 0, 1)
+        assert "s3cret" not in f"{refusal.value} {refusal.value!r}"
+
+    def test_a_whole_number_is_a_float_as_for_typing(self, views):
+        put(views, everything, {"a": replace(PLAIN, ratio=7)})
+        assert views.get(everything, "a").ratio == 7.0
+
+    @pytest.mark.parametrize(
+        ("column", "value"),
+        [
+            ("moment", datetime(2011, 12, 9, 12, 50)),  # noqa: DTZ001
+            ("number", LARGEST + 1),
+            ("number", "1"),
+            ("number", None),
+            ("text", "nothing\0more"),
+            ("identity", "abc"),
+            ("day", PLAIN.moment),
+            ("amount", Decimal("NaN")),
+        ],
+    )
+    def test_to_go_on_after_a_value_that_no_row_can_have_is_refused(self, views, column, value):
+        put(views, everything, {"a": PLAIN})
+        with pytest.raises(ValidationFailed):
+            views.select(everything, Order(column), 1, Seek(value, "a"))
+
+    @pytest.mark.parametrize("key", ["nothing\0more", "\ud800"])
+    def test_to_go_on_after_a_key_that_no_row_can_have_is_refused(self, views, key):
+        with pytest.raises(ValidationFailed):
+            views.select(everything, Order("number"), 1, Seek(1, key))
+
+
+@pytest.mark.parametrize("column", ["number", "maybe_text"])
+def test_a_shape_knows_the_types_of_many_rows_and_refuses_one_among_them(column):
+    shape = RowShape(everything)
+    shape.encode("a", PLAIN)
+    shape.encode("a", replace(PLAIN, maybe_text="x"))
+    with pytest.raises(ValueOutOfRangeError):
+        shape.encode("a", replace(PLAIN, **{column: 1.5}))
 
 
 ORDERED = {

@@ -275,3 +275,17 @@ def test_a_name_that_the_output_cannot_encode_is_escaped(tmp_path):
     assert leftfold("import", str(path), store=url).returncode == 0
     done = leftfold("items", store=url, PYTHONIOENCODING="ascii")
     assert (done.returncode, "CAF\\xc9" in done.stdout) == (0, True)
+
+
+def test_items_are_found_by_a_sentence(shop):
+    done = leftfold("items", "--where", "units_sold > 0 and name contains 'LANTERN'", store=shop)
+    rows = [line.split("\t") for line in done.stdout.splitlines()[1:]]
+    assert rows
+    assert all("LANTERN" in row[1] and int(row[4]) > 0 for row in rows)
+
+
+@pytest.mark.parametrize("sentence", ["on_hand <", "onhand < 3", "on_hand < 'a'", "_on_hand < 3"])
+def test_a_sentence_that_cannot_be_asked_is_one_line(shop, sentence):
+    done = leftfold("items", "--where", sentence, store=shop)
+    assert (done.returncode, one_line(done)) == (2, True)
+    assert "where" in done.stderr

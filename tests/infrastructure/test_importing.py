@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from leftfold.application.items import FindItems, GetItem, ItemHistory
+from leftfold.application.items import Count, FindItems, GetItem, ItemHistory, ItemRow
+from leftfold.domain import Specification
 from leftfold.infrastructure.importing import import_sales
 from leftfold.infrastructure.items import open_items
 from leftfold.infrastructure.retail import DamagedFileError, read_rows
@@ -216,7 +217,25 @@ def test_the_real_sales_are_imported_exactly(shared_url):
 
     async def ask():
         async with open_items(shared_url) as runtime:
-            return (await runtime.queries.dispatch(GetItem(sku="22423"))).unwrap()
+            row = (await runtime.queries.dispatch(GetItem(sku="22423"))).unwrap()
+            rows = (await runtime.queries.dispatch(FindItems(limit=10_000))).unwrap().rows
+            counted = [
+                (await runtime.queries.dispatch(Count(where=where))).unwrap()
+                for where, _ in documented_questions()
+            ]
+            return row, rows, counted
 
-    row = asyncio.run(ask())
+    row, rows, counted = asyncio.run(ask())
     assert (row.units_sold, row.units_returned, row.revenue) == (13_879, 857, Decimal("164762.19"))
+    in_python = [
+        sum(map(where.bind(ItemRow).is_satisfied_by, rows)) for where, _ in documented_questions()
+    ]
+    assert counted == in_python == [answer for _, answer in documented_questions()]
+
+
+def documented_questions():
+    """The specifications of docs/questions.md, each with the number of items that satisfy it."""
+    page = Path(__file__).parents[2] / "docs" / "questions.md"
+    lines = [line.split("|")[2:4] for line in page.read_text().splitlines() if "? | `" in line]
+    assert len(lines) >= 12
+    return [(Specification.parse(said.strip(" `")), int(count)) for said, count in lines]
