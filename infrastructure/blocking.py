@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-import signal
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from types import FrameType, TracebackType
-from typing import Any, Self, TypeVar
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from types import TracebackType
+from typing import Any, Self, TypeVar, cast
 from uuid import UUID
 
-from anyio.from_thread import BlockingPortal, start_blocking_portal
+from anyio.from_thread import BlockingPortal
 
 from leftfold.application import (
     Command,
     DispatchError,
+    EventStoreUnavailable,
     Query,
     Receipt,
     ValidationFailed,
@@ -22,6 +23,7 @@ from leftfold.application import (
 )
 from leftfold.domain import Result
 from leftfold.infrastructure.errors import NotRunningError
+from leftfold.infrastructure.platform import sigterm, start_thread
 from leftfold.infrastructure.runtime import Health, Runtime
 
 T = TypeVar("T")
@@ -83,8 +85,7 @@ class BlockingRuntime:
         self.commands = BlockingCommands(self)
         self.queries = BlockingQueries(self)
         self._owner = os.getpid()
-        self._stack: ExitStack | None = None
-        self._portal: BlockingPortal | None = None
+        self._loop: _Loop | None = None
 
     def wait_for(
         self,
@@ -95,8 +96,10 @@ class BlockingRuntime:
         """Wait until views have seen what a command wrote; see `Runtime.wait_for`."""
         return self.call(lambda: self.runtime.wait_for(receipt, projections, timeout))
 
-    def catch_up(self, timeout: float | None = None) -> Result[None, ViewBehind]:
-        """Wait until all views have seen what the log holds now."""
+    def catch_up(
+        self, timeout: float | None = None
+    ) -> Result[None, ViewBehind | EventStoreUnavailable]:
+        """Wait until all views have seen what the log holds now; see `Runtime.catch_up`."""
         return self.call(lambda: self.runtime.catch_up(timeout))
 
     def health(self) -> Health:
@@ -106,19 +109,22 @@ class BlockingRuntime:
     def call(self, function: Callable[[], Awaitable[T]]) -> T:
         """Await on the runtime's loop what a function returns. Raises `NotRunningError`."""
         _ = self.runtime.commands  # raises in a child process, where the loop's thread is not
-        if self._portal is None:
+        if self._loop is None:
             raise NotRunningError
-        return self._portal.call(function)
+        return self._loop.portal.call(function)
 
     def __enter__(self) -> Self:
         """Open the runtime; raises what `Runtime.open` does."""
         self._owner = os.getpid()
-        with ExitStack() as stack:
-            self._portal = stack.enter_context(start_blocking_portal())
-            stack.enter_context(self._portal.wrap_async_context_manager(self.runtime))
-            self._stack = stack.pop_all()
-        if self.runtime.settings.drain_on_sigterm:
-            self._catch_sigterm()
+        self._loop = loop = _Loop()
+        opening = loop.portal.start_task_soon(self.runtime.open)
+        try:
+            opening.result()
+        except BaseException:
+            opening.cancel()  # if it was this thread that was interrupted
+            self._close(loop)
+            raise
+        sigterm.settle()  # only now, if this is the main thread
         return self
 
     def __exit__(
@@ -129,27 +135,41 @@ class BlockingRuntime:
     ) -> None:
         if os.getpid() != self._owner:
             return  # a child by fork: the loop's thread is the parent's
-        self._release_sigterm()
-        if self._stack is not None:
-            stack, self._stack = self._stack, None
-            stack.close()
-        self._portal = None
+        if self._loop is not None:
+            self._close(self._loop)
+        sigterm.settle()
 
-    def _catch_sigterm(self) -> None:
-        self._has_sigterm = False
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            try:
-                signal.signal(signal.SIGTERM, self._on_sigterm)
-            except ValueError:
-                return  # not the main thread: the program's own affair
-            self._has_sigterm = True
+    def _close(self, loop: _Loop) -> None:
+        try:
+            loop.portal.call(self.runtime.close)
+        finally:
+            self._loop = None
+            loop.stop()
 
-    def _release_sigterm(self) -> None:
-        if getattr(self, "_has_sigterm", False):
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            self._has_sigterm = False
 
-    def _on_sigterm(self, _number: int, _frame: FrameType | None) -> None:
-        self._release_sigterm()
-        self.call(self.runtime.close)
-        os.kill(os.getpid(), signal.SIGTERM)
+class _Loop:
+    """An event loop in a thread.
+
+    No generator holds it open: collected in a child by fork, it would wait for the thread, which
+    only the parent has.
+    """
+
+    def __init__(self) -> None:
+        ready: Future[BlockingPortal] = Future()
+        self._thread, ended = start_thread(lambda: asyncio.run(self._live(ready)))
+        wait(cast("list[Future[Any]]", [ready, ended]), return_when=FIRST_COMPLETED)
+        if ended.done():
+            ended.result()  # raises why there is no loop
+        self.portal = ready.result()
+
+    def stop(self) -> None:
+        """End the loop when its calls are answered."""
+        try:
+            self.portal.call(self.portal.stop)
+        finally:
+            self._thread.join()
+
+    async def _live(self, ready: Future[BlockingPortal]) -> None:
+        async with BlockingPortal() as portal:
+            ready.set_result(portal)
+            await portal.sleep_until_stopped()

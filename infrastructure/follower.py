@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import traceback
+from pathlib import Path
 from typing import Generic, TypeVar
 
 from cachetools import LRUCache
-from eventsourcing.persistence import InterfaceError, OperationalError
+from eventsourcing.persistence import (
+    DataError,
+    IntegrityError,
+    PersistenceError,
+    ProgrammingError,
+)
 
 from leftfold.application import EventMapper, Projection, ViewBehind, ViewStopped
 from leftfold.application.ports import Log, Platform, ViewStore
-from leftfold.domain import LeftfoldError
+from leftfold.domain import DomainError, LeftfoldError
 from leftfold.infrastructure.errors import ProjectionFailedError
 
 R = TypeVar("R")
@@ -45,8 +52,12 @@ class Follower(Generic[R]):
         mapper: EventMapper,
         platform: Platform,
         page_size: int,
+        poll_interval: float = 0.1,
     ) -> None:
-        """Fold at most `page_size` events in one transaction."""
+        """Fold at most `page_size` events in one transaction.
+
+        Where another process folds, look every `poll_interval` seconds while it is behind.
+        """
         self.projection = projection
         self.position = 0
         """Up to where the view is folded, as far as this process knows."""
@@ -61,6 +72,7 @@ class Follower(Generic[R]):
         self._mapper = mapper
         self._platform = platform
         self._page_size = page_size
+        self._poll_interval = poll_interval
         topics = [event_type.TOPIC for event_type in projection.event_types]
         reads_all = set(topics) >= set(mapper.event_topics())
         self._topics = () if reads_all else tuple(topics)
@@ -87,17 +99,13 @@ class Follower(Generic[R]):
             try:
                 step = self.fold_page if self.folds else self._look
                 is_behind = await self._platform.in_thread(step)
-            except (InterfaceError, OperationalError) as error:
-                pause = min(max(2 * pause, 0.05), LONGEST_PAUSE)
-                _log.warning("%s waits %.2f s: %s", self.projection.table, pause, error)
-                await self._platform.sleep(pause)
-                continue
-            except LeftfoldError as error:
-                self.failure = error
             except Exception as error:  # noqa: BLE001 - a bug in the projection stops it, and is said
-                reason = f"{type(error).__name__}: {error}"
-                self.failure = ProjectionFailedError(self.projection.table, reason)
-            if self.failure is not None:
+                if _may_pass(error):
+                    pause = min(max(2 * pause, 0.05), LONGEST_PAUSE)
+                    _log.warning("%s waits %.2f s: %s", self.projection.table, pause, error)
+                    await self._platform.sleep(pause)
+                    continue
+                self.failure = self._failure_of(error)
                 _log.error("%s stopped: %s", self.projection.table, self.failure)
                 self._answer()
                 return
@@ -129,6 +137,11 @@ class Follower(Generic[R]):
         if self.failure is None:
             return ViewBehind(name, position, wanted)
         return ViewStopped(name, position, wanted, str(self.failure))
+
+    def _failure_of(self, error: Exception) -> LeftfoldError:
+        if isinstance(error, LeftfoldError) and not isinstance(error, DomainError):
+            return error
+        return ProjectionFailedError(self.projection.table, _described(error))
 
     def fold_page(self) -> bool:
         """Fold the next events into the view; tell whether there may be more to do."""
@@ -193,8 +206,10 @@ class Follower(Generic[R]):
         self._waiting = still
 
     async def _wait_for_hint(self) -> None:
+        # A page that another process writes gives no hint; only a commit to the log does.
+        is_expected = bool(self._waiting) or self.position < self.head
         try:
-            async with asyncio.timeout(IDLE):
+            async with asyncio.timeout(self._poll_interval if is_expected else IDLE):
                 await self._hint.wait()
         except TimeoutError:
             pass
@@ -202,3 +217,22 @@ class Follower(Generic[R]):
 
 def _picked(rows: dict[str, R | None], keys: set[str]) -> dict[str, R | None]:
     return {key: rows[key] for key in keys if key in rows}
+
+
+def _may_pass(error: Exception) -> bool:
+    """Tell whether the database may do tomorrow what it refused: it was lost, locked, read-only."""
+    is_wrong = isinstance(error, (DataError, IntegrityError, ProgrammingError))
+    return isinstance(error, PersistenceError) and not is_wrong
+
+
+def _described(error: Exception) -> str:
+    """Say what stopped a projection, for logs and health, without what it was about.
+
+    The stores' errors quote no values. The texts of others may: they are not shown.
+    """
+    name = type(error).__name__
+    if isinstance(error, PersistenceError):
+        return f"{name}: {error}"
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    code = frame.f_code
+    return f"{name} in {code.co_name}, line {line} of {Path(code.co_filename).name}"

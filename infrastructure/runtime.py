@@ -3,36 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
-import signal
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
+from eventsourcing.persistence import PersistenceError
 from pydantic import TypeAdapter
 
 from leftfold.application import (
     CommandBus,
     Dispatch,
     EventMapper,
+    EventStoreUnavailable,
     InvalidModelError,
     Middleware,
     Model,
     QueryBus,
     Receipt,
-    Service,
+    ShuttingDown,
     ViewBehind,
 )
 from leftfold.application.bus import Outcome, Step
 from leftfold.application.execution import Execution
 from leftfold.application.middleware import conflict_retry, logged, timeout
+from leftfold.application.ports import Store
 from leftfold.application.reading import answer
 from leftfold.domain import Err, Ok, Result
 from leftfold.infrastructure.errors import ForkedRuntimeError, NotRunningError
 from leftfold.infrastructure.follower import Follower
-from leftfold.infrastructure.platform import SystemPlatform
+from leftfold.infrastructure.platform import PATIENCE, SystemPlatform, at_work, sigterm
 from leftfold.infrastructure.settings import Settings, load_settings
 from leftfold.infrastructure.stores import SharedLog, make_store
 from leftfold.infrastructure.views import FollowedViews, StoredHistories
@@ -40,8 +43,7 @@ from leftfold.infrastructure.views import FollowedViews, StoredHistories
 if TYPE_CHECKING:
     from leftfold.infrastructure.blocking import BlockingRuntime
 
-
-B = TypeVar("B", CommandBus, QueryBus)
+_log = logging.getLogger("leftfold.runtime")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,20 +103,20 @@ class Runtime:
         self.model = model
         self._middleware = tuple(middleware)
         self._store = make_store(self.settings)
-        self._commands: CommandBus | None = None
-        self._queries: QueryBus | None = None
         self._owner = os.getpid()
-        self._dying: asyncio.Task[None] | None = None
+        self._platform: SystemPlatform | None = None  # from the beginning of open to close's end
+        self._parts: _Parts | None = None
+        self._closing: asyncio.Task[None] | None = None
 
     @property
     def commands(self) -> CommandBus:
         """The bus for commands. Raises `NotRunningError`, `ForkedRuntimeError`."""
-        return self._opened(self._commands)
+        return self._opened.commands
 
     @property
     def queries(self) -> QueryBus:
         """The bus for queries. Raises `NotRunningError`, `ForkedRuntimeError`."""
-        return self._opened(self._queries)
+        return self._opened.queries
 
     def blocking(self) -> BlockingRuntime:
         """Return a facade for programs without asyncio."""
@@ -134,30 +136,31 @@ class Runtime:
         and `Err(ViewStopped)` at once for a view that cannot go on. Raises `InvalidModelError`
         for a name that the model does not have.
         """
-        self._opened(self._commands)
-        names = None if projections is None else set(projections)
-        unknown = (names or set()) - {p.name for p in self.model.projections}
-        if unknown:
-            raise InvalidModelError(f"there is no projection {', '.join(sorted(unknown))}")
-        seconds = self.settings.view_timeout if timeout is None else timeout
-        followers = [
-            f for f in self._followers.values() if names is None or f.projection.name in names
-        ]
-        try:
-            await asyncio.gather(*(f.wait_for(receipt.position, seconds) for f in followers))
-        except ViewBehind as behind:
-            return Err(behind)
-        return Ok(None)
+        followers = list(self._followers.values())
+        if projections is not None:
+            names = set(projections)
+            unknown = names - {p.name for p in self.model.projections}
+            if unknown:
+                raise InvalidModelError(f"there is no projection {', '.join(sorted(unknown))}")
+            followers = [f for f in followers if f.projection.name in names]
+        return await self._wait(followers, receipt.position, timeout)
 
-    async def catch_up(self, timeout: float | None = None) -> Result[None, ViewBehind]:
-        """Wait until all views have seen what the log holds now; like `wait_for`."""
-        self._opened(self._commands)
-        head = await self._platform.in_thread(self._store.log.head)
-        return await self.wait_for(Receipt(self._platform.new_id(), (), head), timeout=timeout)
+    async def catch_up(
+        self, timeout: float | None = None
+    ) -> Result[None, ViewBehind | EventStoreUnavailable]:
+        """Wait until all views have seen what the log holds now; like `wait_for`.
+
+        Answers `Err(EventStoreUnavailable)` if the database cannot be asked.
+        """
+        parts = self._opened
+        try:
+            head = await parts.platform.in_thread(self._store.log.head)
+        except PersistenceError as error:
+            return Err(EventStoreUnavailable(str(error)))
+        return await self._wait(parts.followers.values(), head, timeout)
 
     def health(self) -> Health:
         """Tell how the runtime is, without asking the database."""
-        self._opened(self._commands)
         projections = tuple(
             ProjectionHealth(
                 follower.projection.name,
@@ -178,43 +181,30 @@ class Runtime:
     async def open(self) -> Self:
         """Open the store and follow its log, until `close`; `async with` does both.
 
-        Raises `StoreUnavailableError`, `SchemaMissingError`, `SchemaVersionError`,
-        `ViewChangedError`.
+        What it opened is closed again if it fails or is cancelled. Raises
+        `StoreUnavailableError`, `SchemaMissingError`, `SchemaVersionError`, `ViewChangedError`.
         """
-        if self._commands is not None:
+        if self._platform is not None:
             raise InvalidModelError("this runtime is open already")
         self._owner = os.getpid()
-        self._loop = asyncio.get_running_loop()
-        self._platform = SystemPlatform()
-        try:
-            await self._platform.in_thread(self._open_store)
-        except BaseException:
-            self._platform.close()
-            raise
-        log = self._store.log
-        mapper = self._make_mapper()
-        self._followers = {
-            projection.table: Follower(
-                projection, log, self._store.views, mapper, self._platform, self.settings.page_size
+        self._platform = platform = SystemPlatform()
+        async with AsyncExitStack() as undo:
+            undo.callback(self._forget)
+            undo.push_async_callback(platform.close_then, self._store.close)
+            await platform.in_thread(self._open_store)
+            self._parts = _Parts(
+                self.model,
+                self.settings,
+                self._store,
+                platform,
+                self._make_mapper(),
+                (self._guard, *self._middleware),
             )
-            for projection in self.model.projections
-        }
-        self._execution = Execution(
-            log,
-            mapper,
-            self._platform,
-            memory=self.settings.memory,
-            committed=self._wake,
-        )
-        self._services = [self._make_service(service) for service in self.model.services]
-        self._commands = self._make_command_bus()
-        self._queries = self._make_query_bus(mapper)
+            undo.pop_all()
         if self.settings.follow:
             self.follow()
-        self._following = [self._platform.spawn(f.run()) for f in self._followers.values()]
-        self._watching = self._platform.spawn(self._watch())
         if self.settings.drain_on_sigterm:
-            self._catch_sigterm()
+            sigterm.add(self._begin_close)
         return self
 
     async def __aexit__(
@@ -227,36 +217,67 @@ class Runtime:
 
     def follow(self) -> None:
         """Begin to keep the views up to date in this process, if it does not yet."""
-        self._opened(self._commands)
         for follower in self._followers.values():
             follower.folds = True
             follower.wake()
 
     async def close(self) -> None:
-        """Finish the commands and pages under way, refuse new ones, and close the store."""
+        """Finish the commands, queries and pages under way, refuse new ones, and close the store.
+
+        They get a little longer than `command_timeout`; what hangs is left behind. Closing goes
+        on if the caller is cancelled, and another call waits for it.
+        """
         if os.getpid() != self._owner:
             return  # a child by fork: the store is the parent's to close
-        if self._dying is not None and asyncio.current_task() is not self._dying:
-            await asyncio.shield(self._dying)  # the signal ends the process
-        if self._commands is None:
-            return
-        await self._execution.drain()
-        self._commands = self._queries = None
-        for follower in self._followers.values():
-            follower.stop()
-        await asyncio.gather(*self._following)
-        self._watching.cancel()
-        await asyncio.gather(self._watching, return_exceptions=True)
-        self._release_sigterm()
-        await self._platform.in_thread(self._store.close)
-        self._platform.close()
+        self._begin_close()
+        if self._closing is not None:
+            await asyncio.shield(self._closing)
+        await sigterm.wait()
 
-    def _opened(self, bus: B | None) -> B:
+    def _begin_close(self) -> None:
+        if self._closing is None and self._parts is not None:
+            self._closing = self._parts.platform.spawn(self._close(self._parts))
+
+    async def _close(self, parts: _Parts) -> None:
+        async with AsyncExitStack() as last:  # from its end to its beginning, whatever happens
+            last.callback(sigterm.discard, self._begin_close)
+            last.callback(self._forget)
+            last.push_async_callback(parts.platform.close_then, self._store.close)
+            last.push_async_callback(parts.stop)
+            await parts.drain(self.settings.command_timeout + PATIENCE)
+            self._parts = None
+
+    def _forget(self) -> None:
+        self._platform = self._parts = self._closing = None
+
+    @property
+    def _opened(self) -> _Parts:
+        self._check_owner()
+        if self._parts is None:
+            raise NotRunningError
+        return self._parts
+
+    @property
+    def _followers(self) -> Mapping[str, Follower[Any]]:
+        return self._opened.followers
+
+    async def _wait(
+        self, followers: Iterable[Follower[Any]], position: int, timeout: float | None
+    ) -> Result[None, ViewBehind]:
+        seconds = self.settings.view_timeout if timeout is None else timeout
+        try:
+            await asyncio.gather(*(f.wait_for(position, seconds) for f in followers))
+        except ViewBehind as behind:
+            return Err(behind)
+        return Ok(None)
+
+    def _check_owner(self) -> None:
         if os.getpid() != self._owner:
             raise ForkedRuntimeError(self._owner)
-        if bus is None:
-            raise NotRunningError
-        return bus
+
+    async def _guard(self, dispatch: Dispatch[Any], call_next: Step) -> Outcome:
+        self._check_owner()
+        return await call_next(dispatch)
 
     def _open_store(self) -> None:
         self._store.open(self.model.projections, create_tables=self.settings.create_tables)
@@ -267,52 +288,78 @@ class Runtime:
         assert isinstance(mapper, EventMapper)  # noqa: S101 - made of that class
         return mapper
 
-    def _make_service(self, service: type[Service]) -> Service:
-        return service(store=SharedLog(self._store.log))
 
-    def _make_command_bus(self) -> CommandBus:
-        settings, platform = self.settings, self._platform
-        bus = CommandBus(
+class _Parts:
+    """What a runtime consists of while it is open. Its store is open before, and closed after."""
+
+    def __init__(
+        self,
+        model: Model,
+        settings: Settings,
+        store: Store,
+        platform: SystemPlatform,
+        mapper: EventMapper,
+        middleware: Sequence[Middleware],
+    ) -> None:
+        self.platform = platform
+        self._store = store
+        self._poll_interval = settings.poll_interval
+        self.followers: dict[str, Follower[Any]] = {
+            projection.table: Follower(
+                projection, store.log, store.views, mapper, platform, settings.page_size
+            )
+            for projection in model.projections
+        }
+        around = (*middleware, logged(platform))
+        self._execution = Execution(
+            store.log, mapper, platform, memory=settings.memory, committed=self._wake
+        )
+        self.commands = CommandBus(
             (
-                self._guard,
-                *self._middleware,
-                logged(platform),
+                *around,
                 timeout(settings.command_timeout),
                 conflict_retry(platform, settings.conflict_attempts),
             ),
             self._execution,
             platform.new_id,
         )
+        self._services = [service(store=SharedLog(store.log)) for service in model.services]
         for service in self._services:
-            bus.add(*service.handlers())
-        return bus
-
-    def _make_query_bus(self, mapper: EventMapper) -> QueryBus:
-        store, platform = self._store, self._platform
-        views = FollowedViews(store, self._followers, platform, self.settings.view_timeout)
+            self.commands.add(*service.handlers())
+        self._answering = _Answering()
+        self.queries = QueryBus(around, self._answering)
+        views = FollowedViews(store, self.followers, platform, settings.view_timeout)
         histories = StoredHistories(store, mapper, platform)
-        bus = QueryBus((self._guard, *self._middleware, logged(platform)), answer)
-        for service in self.model.queries:
-            bus.add(*service(views, histories).handlers())
-        return bus
+        for query_service in model.queries:
+            self.queries.add(*query_service(views, histories).handlers())
+        self._following = [platform.spawn(f.run()) for f in self.followers.values()]
+        self._watching = platform.spawn(self._watch())
 
-    async def _guard(self, dispatch: Dispatch[Any], call_next: Step) -> Outcome:
-        if os.getpid() != self._owner:
-            raise ForkedRuntimeError(self._owner)
-        return await call_next(dispatch)
+    async def drain(self, seconds: float) -> None:
+        """Finish commands, then queries, which commands may need; each within some seconds."""
+        await _within(seconds, self._execution.drain())
+        await _within(seconds, self._answering.drain())
+
+    async def stop(self) -> None:
+        """Finish the pages under way, and listen no more."""
+        for follower in self.followers.values():
+            follower.stop()
+        self._watching.cancel()
+        await _within(PATIENCE, asyncio.wait((*self._following, self._watching)))
 
     def _wake(self) -> None:
-        for follower in self._followers.values():
+        for follower in self.followers.values():
             follower.wake()
 
     async def _watch(self) -> None:
         """Wake the followers when another process wrote; a hint only, which may be lost."""
+        loop, store = asyncio.get_running_loop(), self._store
         listening: int | None = None
 
         def hear() -> None:
             nonlocal listening
-            if not self._store.heard() and listening is not None:
-                self._loop.remove_reader(listening)
+            if not store.heard() and listening is not None:
+                loop.remove_reader(listening)
                 listening = None
             self._wake()
 
@@ -320,39 +367,56 @@ class Runtime:
             while True:
                 if listening is None:
                     with _no_hints():
-                        descriptor = await self._platform.in_thread(self._store.listen)
+                        descriptor = await self.platform.in_thread(store.listen)
                         if descriptor is not None:
-                            self._loop.add_reader(descriptor, hear)  # not on every system's loop
+                            loop.add_reader(descriptor, hear)  # not on every system's loop
                             listening = descriptor
                 with _no_hints():
-                    is_deaf = listening is None and self._store.hints
-                    if is_deaf or self._store.has_changed():
+                    is_deaf = listening is None and store.hints
+                    with at_work:
+                        is_hint = is_deaf or store.has_changed()
+                    if is_hint:
                         self._wake()
-                await self._platform.sleep(self.settings.poll_interval)
+                await self.platform.sleep(self._poll_interval)
         finally:
             if listening is not None:
-                self._loop.remove_reader(listening)
+                loop.remove_reader(listening)
 
-    def _catch_sigterm(self) -> None:
-        self._has_sigterm = False
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            try:
-                self._loop.add_signal_handler(signal.SIGTERM, self._on_sigterm)
-            except (NotImplementedError, RuntimeError, ValueError):
-                return  # not the main thread, or Windows: the program's own affair
-            self._has_sigterm = True
 
-    def _release_sigterm(self) -> None:
-        if getattr(self, "_has_sigterm", False):
-            self._loop.remove_signal_handler(signal.SIGTERM)
-            self._has_sigterm = False
+class _Answering:
+    """The innermost step of the query bus: it knows which queries are under way."""
 
-    def _on_sigterm(self) -> None:
-        self._dying = self._loop.create_task(self._drain_and_die())
+    def __init__(self) -> None:
+        self._running = 0
+        self._is_closed = False
+        self._idle = asyncio.Event()
 
-    async def _drain_and_die(self) -> None:
-        await self.close()
-        os.kill(os.getpid(), signal.SIGTERM)  # its handler is the system's again
+    async def __call__(self, dispatch: Dispatch[Any]) -> Outcome:
+        if self._is_closed:
+            return Err(ShuttingDown())
+        self._running += 1
+        try:
+            return await answer(dispatch)
+        finally:
+            self._running -= 1
+            if not self._running:
+                self._idle.set()
+
+    async def drain(self) -> None:
+        """Refuse new queries from now on, and wait for those under way."""
+        self._is_closed = True
+        while self._running:
+            self._idle.clear()
+            await self._idle.wait()
+
+
+async def _within(seconds: float, work: Awaitable[object]) -> None:
+    """Wait for something at most some seconds, and then go on without it."""
+    try:
+        async with asyncio.timeout(seconds):
+            await work
+    except TimeoutError:
+        _log.warning("something hangs for %.0f s; closing goes on without it", seconds)
 
 
 @contextmanager

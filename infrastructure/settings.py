@@ -58,7 +58,19 @@ def load_settings(**arguments: object) -> Settings:
 
 def masked(url: str) -> str:
     """Return a store's URL with its password hidden; rather too much than too little."""
-    if url.startswith("sqlite:"):
+    if url.startswith("sqlite:///"):
         return url
-    hidden = re.sub(r"^(\w+(?::/*|/+))([^:/@?#]*):(.*)@", r"\1\2:***@", url, flags=re.DOTALL)
-    return re.sub(r"(password=)[^&\s]+", r"\1***", hidden)
+    begin = re.match(r"[\w+.-]*:?//+", url)
+    scheme = begin.group() if begin else ""
+    access, at, address = url.removeprefix(scheme).rpartition("@")
+    if at:
+        # All up to the last @ may be a password, but for a plain name before it.
+        name, colon, _ = access.partition(":")
+        if not re.fullmatch(r"[\w.~%+-]*", name):
+            access = "***"
+        elif colon:
+            access = f"{name}:***"
+    elif scheme:
+        # Where an @ was forgotten, the password is in the port's place.
+        address = re.sub(r"^([^:/?#\[]*):(?!\d*([,/?#]|$)).*", r"\1:***", address, flags=re.DOTALL)
+    return re.sub(r"(?i)(password\s*=\s*)[^&]+", r"\1***", scheme + access + at + address)

@@ -15,6 +15,7 @@ from leftfold.application.items import GetItem, ItemHistory
 from leftfold.domain import Err
 from leftfold.infrastructure import Settings, follower
 from leftfold.infrastructure.items import open_items
+from leftfold.infrastructure.stores import make_store, postgres
 
 pytestmark = pytest.mark.anyio
 
@@ -26,6 +27,14 @@ def terminate(url):
             "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
             "WHERE datname = current_database() AND pid <> pg_backend_pid()"
         ).fetchone()[0]
+
+
+def execute(url, *statements):
+    """Run statements on the database itself, also while others may only read."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("SET default_transaction_read_only = off")
+        for statement in statements:
+            connection.execute(statement)
 
 
 async def until_ok(dispatch, seconds=10.0):
@@ -147,6 +156,68 @@ async def test_a_runtime_closes_in_time_while_the_server_is_away(start_postgres,
         await asyncio.to_thread(server.stop)
         begun = monotonic()
     assert monotonic() - begun < 12
+
+
+async def test_a_projection_goes_on_after_a_spell_in_which_nothing_could_be_written(
+    postgres_url, register, sell
+):
+    name = postgres_url.split("/")[3].split("?")[0]
+    settings = Settings(store=postgres_url, command_timeout=2)
+    async with open_items(settings=settings) as shop:
+        await shop.commands.dispatch(register("A", 100))
+        (await shop.catch_up()).unwrap()
+        execute(postgres_url, f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+        terminate(postgres_url)
+        # Something to fold, from a writer for whom the spell does not hold.
+        execute(
+            postgres_url,
+            "INSERT INTO stored_events (originator_id, originator_version, topic, state) "
+            "SELECT gen_random_uuid(), 1, topic, state FROM stored_events",
+            "NOTIFY stored_events",
+        )
+        await asyncio.sleep(0.5)
+        assert isinstance(await shop.commands.dispatch(sell("A")), Err)
+        execute(postgres_url, f"ALTER DATABASE {name} RESET default_transaction_read_only")
+        terminate(postgres_url)
+        receipt = await until_ok(lambda: shop.commands.dispatch(sell("A")))
+        (await shop.wait_for(receipt, timeout=10)).unwrap()
+        assert shop.health().is_healthy
+
+
+def test_a_listener_that_cannot_listen_is_replaced(postgres_url, monkeypatch):
+    store = make_store(Settings(store=postgres_url))
+    store.open((), create_tables=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(postgres, "CHANNEL", "no channel")
+        with pytest.raises(psycopg.Error):
+            store.listen()
+    assert store.listen() is not None
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute(f"NOTIFY {postgres.CHANNEL}")
+    assert store._listener.execute("SELECT pg_listening_channels()").fetchall() == [
+        (postgres.CHANNEL,)
+    ]
+    store.close()
+
+
+def test_a_store_closed_while_it_begins_to_listen_leaves_no_connection(postgres_url, monkeypatch):
+    store = make_store(Settings(store=postgres_url))
+    store.open((), create_tables=True)
+    genuine = store._connect
+
+    def connect(**options):
+        connection = genuine(**options)
+        store.close()
+        return connection
+
+    monkeypatch.setattr(store, "_connect", connect)
+    assert store.listen() is None
+    assert store._listener is None
+    with psycopg.connect(postgres_url) as connection:
+        listening = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'LISTEN%'"
+        begun = monotonic()
+        while connection.execute(listening).fetchone() != (0,):  # the server needs a moment
+            assert monotonic() - begun < 2
 
 
 @contextmanager

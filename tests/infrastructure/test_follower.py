@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import re
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from time import monotonic
 from uuid import uuid4
 
+import psycopg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -23,7 +26,7 @@ from leftfold.application.items import (
     item_model,
     item_stock,
 )
-from leftfold.domain import Err, attr
+from leftfold.domain import DomainError, Err, attr
 from leftfold.domain.items import ItemRegistered, ItemRenamed, StockReceived, StockSold
 from leftfold.infrastructure import Runtime, Settings
 from leftfold.infrastructure.follower import Follower
@@ -32,6 +35,7 @@ from leftfold.infrastructure.platform import SystemPlatform
 from leftfold.infrastructure.stores import make_store
 
 pytestmark = pytest.mark.anyio
+SECRET = "s3cret"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +98,50 @@ async def test_a_projection_that_raises_stops_and_health_says_why(store_url, reg
         healthy, failed = shop.health().projections
         assert not shop.health().is_healthy
     assert healthy.failure is None
-    assert failed.failure == (
-        "projection counts_v1 stopped: ZeroDivisionError: a bug in the projection"
+    assert re.fullmatch(
+        r"projection counts_v1 stopped: ZeroDivisionError in count, line \d+ of test_follower.py",
+        failed.failure,
     )
     assert failed.position == written.position
+
+
+class Nosy(DomainError, message="{name} is at fault"):
+    name: str
+
+
+@pytest.mark.parametrize("error", [KeyError(SECRET), Nosy(SECRET)])
+async def test_a_projection_that_stops_does_not_say_what_its_error_quotes(
+    caplog, store_url, register, error
+):
+    caplog.set_level(logging.DEBUG, "leftfold.follower")
+    quoting = Projection("quoting", version=1, row=Flow)
+
+    @quoting.on(ItemRegistered)
+    def quote(row, event):
+        raise error
+
+    async with opened(store_url, quoting) as shop:
+        written = (await shop.commands.dispatch(register())).unwrap()
+        answer = await shop.wait_for(written)
+        failure = shop.health().projections[1].failure
+    assert f"{type(error).__name__} in quote" in failure
+    assert SECRET not in f"{failure} {answer.error} {answer.error!r} {caplog.text}"
+
+
+async def test_a_database_that_refuses_a_row_is_told_without_the_row(
+    caplog, postgres_url, register
+):
+    caplog.set_level(logging.DEBUG, "leftfold.follower")
+    named = Projection("named", version=1, row=Flow)
+    named.on(ItemRegistered)(lambda _, event: Flow(SECRET, 1, 1))
+    async with opened(postgres_url, named) as shop:
+        with psycopg.connect(postgres_url) as connection:
+            connection.execute("ALTER TABLE named_v1 ADD CHECK (sales > 1)")
+        written = (await shop.commands.dispatch(register())).unwrap()
+        answer = await shop.wait_for(written)
+        failure = shop.health().projections[1].failure
+    assert "IntegrityError: new row for relation" in failure
+    assert SECRET not in f"{failure} {answer.error} {answer.error!r} {caplog.text}"
 
 
 async def test_other_things_go_on_beside_a_projection_that_stopped(store_url, register, sell):
@@ -319,3 +363,19 @@ async def test_a_wait_that_ends_leaves_other_waits_alone(store_url, register):
         assert await short == Err(ViewBehind("item_stock", 0, 1))
         await shop.commands.dispatch(register("A", 1))
         assert (await long).is_ok()
+
+
+async def test_a_process_that_only_watches_sees_what_another_folds_soon(shared_url, register, sell):
+    watching = Settings(store=shared_url, follow=False)
+    async with open_items(shared_url) as shop, open_items(settings=watching) as watcher:
+        await shop.commands.dispatch(register("A", 100))
+        for _ in range(3):
+            sold = (await shop.commands.dispatch(sell("A"))).unwrap()
+            begun = monotonic()
+            (await watcher.wait_for(sold)).unwrap()
+            assert monotonic() - begun < 0.5
+            sold = (await shop.commands.dispatch(sell("A"))).unwrap()
+            begun = monotonic()
+            while watcher.health().projections[0].position < sold.position:
+                assert monotonic() - begun < 0.5
+                await asyncio.sleep(0.005)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 from contextlib import closing
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from time import monotonic
 
 import psycopg
 import pytest
 
 from leftfold.application import InvalidModelError, Projection
 from leftfold.application.items import GetItem, ItemRow, item_model, item_stock
+from leftfold.domain.items import ItemRegistered
 from leftfold.infrastructure import (
     Runtime,
     SchemaMissingError,
@@ -103,12 +107,10 @@ async def test_a_changed_row_type_of_the_same_version_is_refused(shared_url):
 
 
 async def test_a_new_version_of_a_view_begins_beside_the_old_one(shared_url, register):
-    again = Projection("item_stock", version=2, row=ItemRow)
-    again._evolve = item_stock._evolve
     async with open_items(shared_url) as shop:
         await shop.commands.dispatch(register("A", 10))
         await shop.catch_up()
-    async with Runtime(replace(item_model, projections=(again,), queries=()), shared_url) as shop:
+    async with Runtime(replace(item_model, projections=(again(),), queries=()), shared_url) as shop:
         (await shop.catch_up()).unwrap()
     rows = [execute(shared_url, f"SELECT sku FROM item_stock_v{n}") for n in (1, 2)]
     assert rows == [[("A",)], [("A",)]]
@@ -155,6 +157,69 @@ async def test_a_store_that_could_not_be_opened_can_be_opened_later(tmp_path, re
     async with shop:
         receipt = (await shop.commands.dispatch(register())).unwrap()
         assert (await shop.queries.dispatch(GetItem(sku="A"), after=receipt)).is_ok()
+
+
+async def test_a_file_stays_the_same_when_the_program_changes_its_directory(
+    tmp_path, monkeypatch, register
+):
+    there, elsewhere = tmp_path / "there", tmp_path / "elsewhere"
+    there.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.chdir(there)
+    async with open_items("sqlite:///shop.db") as shop:
+        monkeypatch.chdir(elsewhere)
+        receipt = (await shop.commands.dispatch(register())).unwrap()
+        queries = [shop.queries.dispatch(GetItem(sku="A"), after=receipt) for _ in range(20)]
+        assert all(found.is_ok() for found in await asyncio.gather(*queries))
+    assert list(elsewhere.iterdir()) == []
+
+
+async def test_who_reads_a_view_holds_up_the_start_of_a_new_version_for_a_bounded_time(
+    postgres_url,
+):
+    await opens(open_items(postgres_url))
+    settings = Settings(store=postgres_url, lock_timeout=1)
+    newer = Runtime(replace(item_model, projections=(again(),), queries=()), settings=settings)
+    older = open_items(settings=settings)
+    with psycopg.connect(postgres_url) as reader:
+        reader.execute("SELECT count(*) FROM item_stock")  # and the transaction stays open
+        begun = monotonic()
+        answers = await asyncio.gather(opens(newer), opens(older), return_exceptions=True)
+        assert monotonic() - begun < 4
+    assert isinstance(answers[0], StoreUnavailableError)
+    assert answers[1] is None or isinstance(answers[1], StoreUnavailableError)
+    await opens(newer)
+
+
+async def test_who_reads_a_view_does_not_hold_up_a_start_that_leaves_it_as_it_is(postgres_url):
+    await opens(open_items(postgres_url))
+    execute(postgres_url, "DELETE FROM leftfold_checkpoints")  # so that it is built again
+    with psycopg.connect(postgres_url) as reader:
+        reader.execute("SELECT count(*) FROM item_stock")
+        await opens(open_items(settings=Settings(store=postgres_url, lock_timeout=1)))
+
+
+async def test_the_zone_of_the_database_does_not_matter(postgres_url, register):
+    @dataclass(frozen=True, slots=True)
+    class Last:
+        moment: datetime
+
+    last = Last(datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC))
+    view = names(Last)
+    view.on(ItemRegistered)(lambda _, event: last)
+    name = postgres_url.split("/")[3].split("?")[0]
+    execute(postgres_url, f"ALTER DATABASE {name} SET timezone = 'Asia/Tokyo'")
+    async with Runtime(replace(item_model, projections=(view,), queries=()), postgres_url) as shop:
+        receipt = (await shop.commands.dispatch(register())).unwrap()
+        (await shop.wait_for(receipt)).unwrap()
+        assert [row for _, row in shop._store.views.select(view, None, None)] == [last]
+
+
+def again():
+    """The next version of the stock's view."""
+    view = Projection("item_stock", version=2, row=ItemRow)
+    view._evolve = item_stock._evolve
+    return view
 
 
 def names(row):

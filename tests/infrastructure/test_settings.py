@@ -105,6 +105,23 @@ def test_an_unknown_setting_is_refused_by_name():
         f"postgresql:shop:{SECRET}@host/db",
         f"postgresql//shop:{SECRET}@host/db",
         f"mysql://shop:{SECRET}@host/db",
+        f"postgresql+psycopg://shop:{SECRET}@host/db",
+        f"postgresql+asyncpg://shop:{SECRET}@host/db",
+        f"postgres+x://shop:{SECRET}@host",
+        f"postgresql://me@corp:{SECRET}@host/db",
+        f"postgresql://me@{SECRET}:x@host/db",
+        f"postgresql://shop:{SECRET}%zz@host/db",
+        f"postgresql://shop:{SECRET}@host:port/db",
+        f"postgresql://shop:{SECRET}@host/db?bogus=1",
+        f"postgresql://shop:{SECRET}@[::1/db",
+        f"postgresql://shop:{SECRET}/db",
+        f"postgresql://shop:1/{SECRET}@host/db",
+        f"postgresql://host/db?user=shop&password={SECRET}%zz",
+        f"postgresql://host/db?user=shop&password={SECRET}\0",
+        f"host=db user=shop password='a {SECRET}'",
+        f"sqlite://shop:{SECRET}@host/x",
+        f"shop:{SECRET}@host",
+        f"postgresql:/shop:{SECRET}@host/db",
     ],
 )
 def test_a_password_is_never_shown(url):
@@ -117,7 +134,47 @@ def test_a_password_is_never_shown(url):
     assert SECRET not in shown
 
 
-@pytest.mark.parametrize("url", ["memory:", "sqlite:////tmp/a:b@c.db", "postgresql://shop@host/db"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"postgresql://shop:{SECRET}@host:port/db",
+        f"postgresql://shop:a@{SECRET}@host/db",
+        f"postgresql://shop:a?b@{SECRET}@host/db",
+        f"postgresql://shop:1/{SECRET}@host/db",
+        f"postgresql://shop:{SECRET}%zz@host/db",
+        f"postgresql://shop:{SECRET}/db",
+        f"postgresql://shop:\ud800{SECRET}@host/db",
+    ],
+)
+def test_a_malformed_url_is_refused_before_the_driver_can_quote_it(url):
+    with pytest.raises(InvalidSettingsError) as refusal:
+        open_items(url)
+    assert refusal.value.reason == f"{masked(url)!r} is malformed"
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["me%40corp:a%2Fb@host:5432/db", "shop:a?b@host/db", "h1:1,h2:2/db", "@/db?host=/tmp/a@b"],
+)
+def test_a_url_that_the_driver_reads_as_it_is_meant_is_taken(part):
+    assert open_items(f"postgresql://{part}")._store.hints
+
+
+def test_a_path_that_no_file_can_have_is_refused():
+    with pytest.raises(InvalidSettingsError):
+        open_items("sqlite:///a\0b")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "memory:",
+        "sqlite:////tmp/a:b@c.db",
+        "postgresql://shop@host/db",
+        "postgresql://h1:5432,h2:5432/db",
+        "postgresql://[::1]:5432/db",
+    ],
+)
 def test_a_url_without_a_password_is_shown_as_it_is(url):
     assert masked(url) == url
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from random import Random
+from textwrap import dedent
 
 import pytest
 
@@ -159,6 +160,103 @@ async def test_sigterm_is_the_systems_again_after_closing(sqlite_url, start):
     assert start(script, sqlite_url).says() == "True"
 
 
+SLOW = """
+    from leftfold.application import Command
+
+    class Slow(Command[float, ItemError]):
+        seconds: float
+
+    async def slow(command):
+        await asyncio.sleep(command.seconds)
+        return Ok(command.seconds)
+
+    async def opened(name):
+        shop = await open_items(url + name).open()
+        shop.commands.add(Slow.handled_by(slow))
+        return shop
+
+    async def works(shop, seconds):
+        say((await shop.commands.dispatch(Slow(seconds=seconds))).unwrap())
+        say((await shop.commands.dispatch(Slow(seconds=0))).is_ok())
+"""
+OPENS_TWO = (
+    SLOW
+    + """
+    async def main():
+        shops = [await opened("1"), await opened("2")]
+        working = [asyncio.create_task(works(shop, n / 4)) for n, shop in enumerate(shops, 1)]
+        await asyncio.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.gather(*working)
+        await asyncio.gather(*(shop.close() for shop in shops))
+        say("not ended")
+    asyncio.run(main())
+"""
+)
+CLOSES_OTHERS = (
+    SLOW
+    + """
+    async def main():
+        first, shop = await opened("1"), await opened("2")
+        with open_items(url + "3").blocking():
+            await first.close()
+        working = asyncio.create_task(works(shop, 0.25))
+        await asyncio.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(60)
+    asyncio.run(main())
+"""
+)
+GIVES_UP_CLOSING = (
+    SLOW
+    + """
+    async def main():
+        shop = await opened("1")
+        head = shop._store.log.head
+        shop._store.log.head = lambda: time.sleep(1) or head()  # a page takes long
+        (await shop.commands.dispatch(register())).unwrap()
+        await asyncio.sleep(0.05)
+        try:
+            await asyncio.wait_for(shop.close(), 0.1)
+        except TimeoutError:
+            say("given up")
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(60)
+    asyncio.run(main())
+"""
+)
+
+
+async def test_on_sigterm_all_runtimes_of_a_process_finish_what_is_under_way(sqlite_url, start):
+    child = start(OPENS_TWO, sqlite_url)
+    assert child.says_until_it_ends() == ["0.25", "False", "0.5", "False"]
+    assert child.ends() == -signal.SIGTERM
+
+
+async def test_a_runtime_that_closes_leaves_sigterm_to_the_others(sqlite_url, start):
+    child = start(CLOSES_OTHERS, sqlite_url)
+    assert child.says_until_it_ends() == ["0.25", "False"]
+    assert child.ends() == -signal.SIGTERM
+
+
+async def test_sigterm_ends_a_process_whose_close_was_given_up(sqlite_url, start):
+    child = start(GIVES_UP_CLOSING, sqlite_url)
+    assert child.says_until_it_ends(10) == ["given up"]
+    assert child.ends() == -signal.SIGTERM
+
+
+async def test_sigterm_ends_a_process_that_left_a_runtime_open_on_a_closed_loop(sqlite_url, start):
+    script = """
+        asyncio.run(open_items(url).open())
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+        say("not ended")
+    """
+    child = start(script, sqlite_url)
+    assert child.says_until_it_ends() == []
+    assert child.ends() == -signal.SIGTERM
+
+
 async def test_a_killed_process_leaves_a_whole_log_and_views_that_catch_up(shared_url, start):
     random = Random(7)
     answered = {}
@@ -298,6 +396,65 @@ async def test_a_child_by_fork_can_leave_a_blocking_runtime(sqlite_url, start):
         say(os.waitpid(child, 0)[1])
     """
     assert start(script, sqlite_url).says() == "0"
+
+
+FORKS_ASYNC = """
+    async def main():
+        async with open_items(url) as shop:
+            forks()
+            say((await shop.commands.dispatch(register())).is_ok())
+    asyncio.run(main())
+"""
+FORKS_BLOCKING = """
+    with open_items(url).blocking() as shop:
+        forks()
+        say(shop.commands.dispatch(register()).is_ok())
+"""
+
+
+@pytest.mark.parametrize("opens", [FORKS_ASYNC, FORKS_BLOCKING], ids=["asyncio", "blocking"])
+async def test_sigterm_to_a_child_by_fork_ends_the_child_and_not_the_parent(
+    sqlite_url, start, opens
+):
+    script = """
+        def forks():
+            child = os.fork()
+            if not child:
+                signal.alarm(5)
+                time.sleep(60)
+            os.kill(child, signal.SIGTERM)
+            say(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    child = start(dedent(script) + dedent(opens), sqlite_url)
+    assert child.says_until_it_ends() == [str(-signal.SIGTERM), "True"]
+    assert child.ends() == 0
+
+
+async def test_a_child_by_fork_may_end_inside_of_a_blocking_runtime(store_url, start):
+    script = """
+        def forks():
+            child = os.fork()
+            if not child:
+                signal.alarm(5)
+                sys.exit(3)
+            say(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    child = start(dedent(script) + dedent(FORKS_BLOCKING), store_url)
+    assert child.says_until_it_ends() == ["3", "True"]
+
+
+async def test_a_fork_waits_for_threads_that_hold_a_database_librarys_locks(sqlite_url, start):
+    script = """
+        for _ in range(10):
+            with open_items(url).blocking() as shop:
+                child = os.fork()  # while the followers begin
+                if not child:
+                    signal.alarm(5)
+                    with open_items(url).blocking():
+                        os._exit(0)
+                say(os.waitpid(child, 0)[1])
+    """
+    assert start(script, sqlite_url).says_until_it_ends(60) == ["0"] * 10
 
 
 async def test_a_child_by_fork_can_open_a_runtime_of_its_own(shared_url, start):
