@@ -129,7 +129,9 @@ stock = Projection("stock", version=1, row=Row, indexes=["on_hand"])
 
 
 async def in_sql(kind: str, url: str) -> None:
-    async with Runtime(Model(projections=(stock,)), settings=Settings(store=url)) as runtime:
+    async with Runtime(
+        Model(aggregates=(), projections=(stock,)), settings=Settings(store=url)
+    ) as runtime:
         views = runtime._store.views
         chance = random.Random(2)
         for at, begin in enumerate(range(0, STORED, 20_000)):

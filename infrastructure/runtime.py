@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -306,7 +307,13 @@ class _Parts:
         self._poll_interval = settings.poll_interval
         self.followers: dict[str, Follower[Any]] = {
             projection.table: Follower(
-                projection, store.log, store.views, mapper, platform, settings.page_size
+                projection,
+                store.log,
+                store.views,
+                mapper,
+                platform,
+                settings.page_size,
+                settings.poll_interval,
             )
             for projection in model.projections
         }
@@ -326,7 +333,7 @@ class _Parts:
         self._services = [service(store=SharedLog(store.log)) for service in model.services]
         for service in self._services:
             self.commands.add(*service.handlers())
-        self._answering = _Answering()
+        self._answering = _Answering(platform)
         self.queries = QueryBus(around, self._answering)
         views = FollowedViews(store, self.followers, platform, settings.view_timeout)
         histories = StoredHistories(store, mapper, platform)
@@ -386,7 +393,8 @@ class _Parts:
 class _Answering:
     """The innermost step of the query bus: it knows which queries are under way."""
 
-    def __init__(self) -> None:
+    def __init__(self, platform: SystemPlatform) -> None:
+        self._platform = platform
         self._running = 0
         self._is_closed = False
         self._idle = asyncio.Event()
@@ -395,6 +403,11 @@ class _Answering:
         if self._is_closed:
             return Err(ShuttingDown())
         self._running += 1
+        handling = dispatch.handling
+        if handling.blocking:
+            blocking: Callable[[Any], Any] = handling.handler
+            in_thread = partial(self._platform.in_own_thread, blocking)
+            dispatch = replace(dispatch, handling=replace(handling, handler=in_thread))
         try:
             return await answer(dispatch)
         finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from datetime import UTC, date, datetime, timedelta, timezone
@@ -67,9 +66,9 @@ def specifications(
     return st.recursive(
         leaves,
         lambda inner: st.one_of(
-            st.builds(operator.and_, inner, inner),
-            st.builds(operator.or_, inner, inner),
-            st.builds(operator.invert, inner),
+            st.builds(Specification.and_spec, inner, inner),
+            st.builds(Specification.or_spec, inner, inner),
+            st.builds(Specification.not_spec, inner),
             st.lists(inner, max_size=3).map(lambda parts: all_of(*parts)),
             st.lists(inner, max_size=3).map(lambda parts: any_of(*parts)),
         ),

@@ -68,6 +68,7 @@ class Specification(Generic[T_contra]):
 
             Raises `UnknownAttribute` and `UnlikeTypes`.
             """
+            raise NotImplementedError
 
     else:
 
