@@ -1,12 +1,26 @@
-"""Scenarios: given these events, when that is done, then those events follow, or a refusal."""
+"""Scenarios: given these events, when that is done, then those events follow, or a refusal.
+
+Also strategies for Hypothesis, which is needed only where one is asked for: `specifications`,
+`candidates`, `satisfying` and `violating`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from typing import Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from leftfold.domain import Aggregate, DomainError, Event, clock
+
+if TYPE_CHECKING:
+    from leftfold.infrastructure.strategies import (
+        candidates,
+        satisfying,
+        specifications,
+        violating,
+    )
+
+__all__ = ["Scenario", "candidates", "satisfying", "scenario", "specifications", "violating"]
 
 A = TypeVar("A", bound=Aggregate)
 
@@ -119,3 +133,12 @@ def _told(event: Event, like: Event) -> tuple[object, ...]:
 def _list(events: tuple[Event, ...]) -> str:
     shown = [f"{type(event).__name__}({event.facts()})" for event in events]
     return ", ".join(shown) or "no event"
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    from leftfold.infrastructure import strategies
+
+    return getattr(strategies, name)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from leftfold.domain import ALWAYS, NEVER, Specification, all_of, any_of, attr
 from leftfold.domain.specification.tree import Compare, Not
-from leftfold.infrastructure.strategies import candidates, satisfying, specifications, violating
+from leftfold.infrastructure.testing import candidates, satisfying, specifications, violating
 
 CASES = int(os.environ.get("LEFTFOLD_LAW_CASES", "200"))
 laws = settings(max_examples=CASES, deadline=None)
