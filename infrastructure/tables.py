@@ -257,11 +257,13 @@ class ViewTable(Generic[R]):
     @cached_property
     def indexes(self) -> tuple[str, ...]:
         """The statements that make the projection's indexes; the key ends each, for paging."""
+        # Pages begin with the absent; PostgreSQL's indexes end with them unless they are told.
+        is_sqlite, columns = self.dialect is SQLITE, self.table.c
         made = (
             sa.Index(
                 "_".join((self.table.name, *names, "index")),
-                *(self.table.c[name] for name in names),
-                self.table.c.key,
+                *(columns[n] if is_sqlite else columns[n].asc().nulls_first() for n in names),
+                columns.key,
             )
             for names in self.projection.indexes
         )

@@ -223,3 +223,4 @@ def test_an_indexable_comparison_uses_the_index(shared_url, where, order, index)
             steps = " ".join(str(step) for step in cursor)
     store.close()
     assert index in steps
+    assert order is None or not any(sort in steps for sort in (" Sort", "TEMP B-TREE"))
