@@ -148,7 +148,7 @@ async def in_sql(kind: str, url: str) -> None:
         mark = "?" if kind == "sqlite" else "%s"
         text = (
             "SELECT key, sku, name, unit_price, on_hand, reorder_level FROM stock_v1 "
-            f"WHERE member AND on_hand >= {mark} ORDER BY on_hand, key LIMIT 51"
+            f"WHERE member AND on_hand >= {mark} ORDER BY on_hand NULLS FIRST, key LIMIT 51"
         )
         database: Any = views._file if kind == "sqlite" else views._database  # type: ignore[attr-defined]  # see above
 
