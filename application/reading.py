@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable
 from contextvars import ContextVar
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, Protocol, TypeVar
 from uuid import UUID
 
@@ -183,4 +184,9 @@ def _order_text(order: Order) -> str:
 
 
 def _column_type(projection: Projection[Any], order: Order) -> TypeAdapter[Any]:
-    return TypeAdapter(projection.column_types[order.column])
+    return _adapter(projection.column_types[order.column])
+
+
+@lru_cache
+def _adapter(column_type: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(column_type)

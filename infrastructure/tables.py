@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from enum import Enum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Generic, TypeVar
 from uuid import UUID
 
@@ -32,10 +32,12 @@ from leftfold.infrastructure.rows import (
     describe,
     scaled,
 )
-from leftfold.infrastructure.where import Conditions
+from leftfold.infrastructure.where import Conditions, form_of
 
 R = TypeVar("R")
 
+STATEMENTS = 200
+"""Statements that a view remembers: one for each form of question."""
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
 
@@ -49,6 +51,10 @@ class Statement:
 
     sql: str
     parameters: Mapping[str, object]
+
+    def given(self, values: Mapping[str, object]) -> Statement:
+        """Return it with these values."""
+        return Statement(self.sql, {**self.parameters, **values})
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,13 @@ _POSTGRES_KINDS: Mapping[type, _Kind] = {
 }
 
 
+class _After(Enum):
+    """What the row that a query goes on after has in the order's column."""
+
+    VALUE = 1
+    ABSENT = 2
+
+
 class ViewTable(Generic[R]):
     """One projection's table on one database: its definition, its codec, its statements.
 
@@ -150,6 +163,10 @@ class ViewTable(Generic[R]):
         self.table = sa.Table(
             projection.table, sa.MetaData(), key, *columns, member, sqlite_with_rowid=False
         )
+        named = {name: self.table.c[name] for name in projection.columns}
+        self._conditions = Conditions(named, self._constant, is_sqlite=is_sqlite)
+        self._written = lru_cache(STATEMENTS)(self._write_select)
+        self._counting = lru_cache(STATEMENTS)(self._write_count)
         self._shown = sa.select(key, *shown).where(self.table.c.member)
 
     @cached_property
@@ -233,26 +250,19 @@ class ViewTable(Generic[R]):
         where: Specification[Any] = ALWAYS,
     ) -> Statement:
         """Return the query for member rows: the key, then the row's columns."""
-        table, key = self.table, self.table.c.key
-        query = sa.select(key, *(table.c[name] for name in self.projection.columns))
-        query = query.where(table.c.member, *self._conditions(where))
-        if order is not None:
-            column = table.c[order.column]
-            if seek is not None:
-                query = query.where(self._after(column, order, seek))
-            direction = column.desc() if order.descending else column.asc()
-            query = query.order_by(
-                direction.nulls_last() if order.descending else direction.nulls_first()
-            )
-        query = query.order_by(key.asc())
-        if limit is not None:
-            query = query.limit(limit)
-        return self._statement(query)
+        form, constants = form_of(where)
+        values = self._conditions.values(constants)
+        after = None
+        if order is not None and seek is not None:
+            value = self._shape.sought(order, seek)
+            after = _After.ABSENT if value is None else _After.VALUE
+            values |= {"after": value, "after_key": seek.key}
+        return self._written(form, order, limit, after).given(values)
 
     def count(self, where: Specification[Any]) -> Statement:
         """Return the query for the number of member rows."""
-        counted = sa.select(sa.func.count()).select_from(self.table)
-        return self._statement(counted.where(self.table.c.member, *self._conditions(where)))
+        form, constants = form_of(where)
+        return self._counting(form).given(self._conditions.values(constants))
 
     @cached_property
     def indexes(self) -> tuple[str, ...]:
@@ -269,37 +279,61 @@ class ViewTable(Generic[R]):
         )
         return tuple(self._text(CreateIndex(index, if_not_exists=True)) for index in made)
 
-    def _conditions(self, where: Specification[Any]) -> list[sa.ColumnElement[bool]]:
-        if where == ALWAYS:
-            return []
-        columns = {name: self.table.c[name] for name in self.projection.columns}
-        is_sqlite = self.dialect is SQLITE
-        return [Conditions(columns, self._constant, is_sqlite=is_sqlite).write(where)]
-
     def _constant(self, name: str, value: object) -> object:
         """Return what a column holds for a specification's constant."""
         if isinstance(value, str) and name in self._enums:
             return value  # specifications know an enum's members by their values
         return self._shape.encode_one(name, value)
 
+    def _write_select(
+        self,
+        form: Specification[Any],
+        order: Order | None,
+        limit: int | None,
+        after: _After | None,
+    ) -> Statement:
+        table, key = self.table, self.table.c.key
+        query = sa.select(key, *(table.c[name] for name in self.projection.columns))
+        query = query.where(table.c.member, self._conditions.write(form))
+        if order is not None:
+            column = table.c[order.column]
+            if after is not None:
+                query = query.where(_beyond(column, key, order, after))
+            direction = column.desc() if order.descending else column.asc()
+            query = query.order_by(
+                direction.nulls_last() if order.descending else direction.nulls_first()
+            )
+        query = query.order_by(key.asc())
+        if limit is not None:
+            # Not bound: PostgreSQL would plan anew each time, for a tenth of the rows.
+            query = query.limit(sa.literal_column(str(int(limit))))
+        return self._statement(query)
+
+    def _write_count(self, form: Specification[Any]) -> Statement:
+        counted = sa.select(sa.func.count()).select_from(self.table)
+        return self._statement(counted.where(self.table.c.member, self._conditions.write(form)))
+
     def _statement(self, query: sa.Select[Any]) -> Statement:
         compiled = query.compile(dialect=self.dialect)
         return Statement(str(compiled), compiled.params)
 
-    def _after(self, column: sa.Column[Any], order: Order, seek: Seek) -> sa.ColumnElement[bool]:
-        key_after = self.table.c.key > seek.key
-        encoded = self._shape.sought(order, seek)
-        if encoded is None:
-            same = sa.and_(column.is_(None), key_after)
-            return same if order.descending else sa.or_(column.is_not(None), same)
-        value = sa.literal(encoded, column.type)
-        same = sa.and_(column == value, key_after)
-        if order.descending:
-            return sa.or_(column < value, column.is_(None), same)
-        return sa.or_(column > value, same)
-
     def _text(self, element: sa.schema.ExecutableDDLElement) -> str:
         return str(element.compile(dialect=self.dialect)).strip()
+
+
+def _beyond(
+    column: sa.Column[Any], key: sa.Column[Any], order: Order, after: _After
+) -> sa.ColumnElement[bool]:
+    """Say that a row comes after the one sought, which has a value in the column or has none."""
+    key_beyond = key > sa.bindparam("after_key", type_=sa.Text())
+    if after is _After.ABSENT:
+        same = sa.and_(column.is_(None), key_beyond)
+        return same if order.descending else sa.or_(column.is_not(None), same)
+    value = sa.bindparam("after", type_=column.type)
+    same = sa.and_(column == value, key_beyond)
+    if order.descending:
+        return sa.or_(column < value, column.is_(None), same)
+    return sa.or_(column > value, same)
 
 
 def _decoder(field: Column, kind: _Kind) -> Callable[[Any], object] | None:
