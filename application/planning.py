@@ -11,8 +11,9 @@ from leftfold.application.projection import Projection
 from leftfold.domain import ALWAYS, LeftfoldError, Specification
 from leftfold.domain.specification.tree import All, AnyOf, Not, Opaque, expand
 
-MAX_LEAVES = 500
-"""Comparisons left to a database in one query; SQLite takes conditions up to a depth of 1,000."""
+MAX_OPERATORS, MAX_DEPTH = 800, 24
+"""What is left to a database in one query: SQLite's parser takes 1,000 operators, and overflows
+its stack at some forty levels of parentheses."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,14 @@ def plan(specification: Specification[Any], model: Model | None = None) -> Plan:
     """Say how a specification would be answered: wrapped callables are left to Python."""
     told: list[Specification[Any]] = []
     left: list[Specification[Any]] = []
-    room = MAX_LEAVES
+    room = MAX_OPERATORS
     for part in _conjuncts(specification):
         weaker = _without_opaque(part, negated=False)
-        leaves = _count_leaves(weaker)
-        if leaves > room:
+        operators = _operators(weaker)
+        if operators > room or _depth(weaker) > MAX_DEPTH:
             left.append(part)
             continue
-        room -= leaves
+        room -= operators
         if weaker != ALWAYS:
             told.append(weaker)
         if _is_opaque(part):
@@ -82,12 +83,23 @@ def _is_opaque(specification: Specification[Any]) -> bool:
             return isinstance(node, Opaque)
 
 
-def _count_leaves(specification: Specification[Any]) -> int:
+def _operators(specification: Specification[Any]) -> int:
+    """Count the operators of a condition, or some more."""
     match expand(specification):
         case All(parts) | AnyOf(parts):
-            return 1 + sum(map(_count_leaves, parts))
+            return 1 + sum(map(_operators, parts))
         case Not(part):
-            return _count_leaves(part)
+            return 2 + _operators(part)  # `IS NULL` of one attribute or two
+        case _:
+            return 1
+
+
+def _depth(specification: Specification[Any]) -> int:
+    match expand(specification):
+        case All(parts) | AnyOf(parts):
+            return 1 + max(map(_depth, parts), default=0)
+        case Not(part):
+            return 1 + _depth(part)
         case _:
             return 1
 

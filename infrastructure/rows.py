@@ -16,15 +16,13 @@ from uuid import UUID
 
 from leftfold.application import InvalidModelError, Projection, ValidationFailed
 from leftfold.application.ports import Order, Seek
+from leftfold.domain.specification.values import millionths
 from leftfold.infrastructure.errors import ValueOutOfRangeError
 
 R = TypeVar("R")
 
-DECIMALS = 6
-"""Decimals that a `Decimal` keeps; with 12 digits before the point, always."""
 MIN_INTEGER, MAX_INTEGER = -(2**63), 2**63 - 1
 TOO_LARGE = "more than 64 bits"
-MAX_DECIMAL = Decimal(MAX_INTEGER)
 MAX_KNOWN = 1_000
 """Combinations of types that a shape remembers; a row type with many `None`s has more."""
 
@@ -38,18 +36,7 @@ def whole(number: int) -> int:
 
 def scaled(value: Decimal) -> int:
     """Return a Decimal in millionths. Raises `ValueError` if that is not exact."""
-    if not value.is_finite():
-        msg = "not a number"
-        raise ValueError(msg)
-    # Not scaleb(): it rounds to the context's precision, and so could lose digits.
-    numerator, denominator = (
-        value.as_integer_ratio() if abs(value) < MAX_DECIMAL else (MAX_INTEGER, 1)
-    )
-    number, lost = divmod(numerator * 10**DECIMALS, denominator)
-    if lost:
-        msg = f"more than {DECIMALS} decimals"
-        raise ValueError(msg)
-    return whole(number)
+    return whole(millionths(value))
 
 
 def exact(value: Decimal) -> Decimal:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from datetime import UTC, date, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from decimal import Decimal
 from enum import Enum
 from random import Random  # noqa: TID251 - Hypothesis seeds it
@@ -32,9 +32,43 @@ T = TypeVar("T")
 Values = st.SearchStrategy[Any]
 
 TEXTS = [*"aA%_'\"\\ßé日 ", "", "a_b", "e\u0301", "\U0001f600"]
-ZONES = (UTC, timezone(timedelta(hours=9)), timezone(timedelta(hours=-3, minutes=-30)))
+
+
+class _PutBack(tzinfo):
+    """A zone whose clocks are put back one hour, so that the hour before happens twice."""
+
+    before, after = timedelta(hours=2), timedelta(hours=1)
+    put_back = datetime(2011, 12, 9, 13)  # noqa: DTZ001 - as the clock on the wall shows it
+
+    def utcoffset(self, moment: datetime | None, /) -> timedelta:
+        if moment is None:
+            return self.after
+        shown = moment.replace(tzinfo=None)
+        is_second = shown >= self.put_back - timedelta(hours=1) and moment.fold
+        return self.after if is_second or shown >= self.put_back else self.before
+
+    def dst(self, moment: datetime | None, /) -> timedelta:
+        return self.utcoffset(moment) - self.after
+
+    def tzname(self, moment: datetime | None, /) -> str:
+        return f"UTC+{self.utcoffset(moment)}"
+
+    def fromutc(self, moment: datetime, /) -> datetime:
+        shown = moment + self.before
+        if shown.replace(tzinfo=None) < self.put_back:
+            return shown
+        shown = moment + self.after
+        is_second = shown.replace(tzinfo=None) < self.put_back
+        return shown.replace(fold=int(is_second))
+
+
+ZONES = (UTC, timezone(timedelta(hours=9)), timezone(timedelta(hours=-3, minutes=-30)), _PutBack())
 MOMENT = datetime(2011, 12, 9, 12, 50, tzinfo=UTC)
 
+MOMENTS = [
+    *(MOMENT.astimezone(zone) for zone in ZONES),
+    *(datetime(2011, 12, 9, 12, 20, tzinfo=ZONES[3], fold=fold) for fold in (0, 1)),
+]
 DECIMALS = ["2.5", "2.50", "0", "-0.000001", "10", "1E+1"]  # equal ones of different scale, too
 VALUES: Mapping[str, Values] = {
     "bool": st.booleans(),
@@ -45,7 +79,7 @@ VALUES: Mapping[str, Values] = {
     | st.floats(allow_nan=False, allow_infinity=False),
     "str": st.sampled_from(TEXTS)
     | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8),
-    "datetime": st.sampled_from([MOMENT.astimezone(zone) for zone in ZONES])
+    "datetime": st.sampled_from(MOMENTS)
     | st.datetimes(
         MOMENT.replace(year=2, tzinfo=None),
         MOMENT.replace(year=9998, tzinfo=None),
@@ -217,6 +251,6 @@ def _near(value: Any) -> list[Any]:
         case str():
             return [value, f"{value}a", f"a{value}", value[:-1]]
         case datetime():
-            return [value, value.astimezone(ZONES[1])]
+            return [value, *(value.astimezone(zone) for zone in ZONES[1:])]
         case _:
             return [value]

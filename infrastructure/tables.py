@@ -23,9 +23,9 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 from leftfold.application import Projection
 from leftfold.application.ports import Order, Seek
 from leftfold.domain import ALWAYS, Specification
+from leftfold.domain.specification.values import MAX_DECIMALS
 from leftfold.infrastructure.rows import (
     CHECKS,
-    DECIMALS,
     Column,
     RowShape,
     aware,
@@ -71,7 +71,7 @@ class _Kind:
 
 def unscaled(number: int) -> Decimal:
     """Return the Decimal of a whole number of millionths, with no needless zeros."""
-    value = Decimal(number).scaleb(-DECIMALS).normalize()
+    value = Decimal(number).scaleb(-MAX_DECIMALS).normalize()
     return value if value.as_tuple().exponent <= 0 else value.quantize(Decimal(1))  # type: ignore[operator]  # finite, so a number
 
 

@@ -24,6 +24,7 @@ from leftfold.domain import (
     LeftfoldError,
     Specification,
 )
+from leftfold.domain.specification.values import MAX_INTEGER
 from leftfold.infrastructure.follower import Follower
 
 CHUNK = 1_000
@@ -61,6 +62,7 @@ class FollowedViews:
         limit: int | None = None,
         where: Specification[R] = ALWAYS,
     ) -> tuple[R, ...]:
+        _check_limit(projection, limit)
         planned = _planned(projection, where)
         found = await self._find(projection, order, limit, None, planned)
         return tuple(row for _, row in found)
@@ -73,8 +75,7 @@ class FollowedViews:
         cursor: str | None = None,
         where: Specification[R] = ALWAYS,
     ) -> Page[R]:
-        if limit < 1:
-            raise ValidationFailed(projection.name, (("limit", "is below 1"),))
+        _check_limit(projection, limit)
         by = parse_order(projection, order)
         seek = read_cursor(projection, by, cursor) if cursor is not None else None
         planned = _planned(projection, where)
@@ -127,6 +128,12 @@ class FollowedViews:
         if self._store.log.is_local:
             return function(*args)
         return await self._platform.in_thread(function, *args)
+
+
+def _check_limit(projection: Projection[Any], limit: int | None) -> None:
+    if limit is not None and not 0 < limit < MAX_INTEGER:
+        reason = "is below 1" if limit < 1 else "is more than a database can count"
+        raise ValidationFailed(projection.name, (("limit", reason),))
 
 
 def _planned(projection: Projection[Any], where: Specification[Any]) -> Plan:

@@ -24,11 +24,11 @@ from leftfold.domain.specification.tree import (
     name_of,
 )
 from leftfold.domain.specification.values import (
-    EXACT_IN_FLOAT,
     KINDS,
     UnlikeTypes,
     Value,
     are_alike,
+    is_exact_float,
     kind_of,
 )
 
@@ -86,7 +86,7 @@ def _converted(attribute: Attribute, kind: str, value: Value) -> Value:
             return Decimal(value)
         if kind == "int" and isinstance(value, Decimal) and value == int(value):
             return int(value)
-        if kind == "float" and isinstance(value, int) and abs(value) <= EXACT_IN_FLOAT:
+        if kind == "float" and isinstance(value, int) and is_exact_float(value):
             return float(value)
     raise UnlikeTypes(f"{attribute.path} ({kind})", f"{value!r} ({found})")
 
@@ -110,6 +110,8 @@ def _kind(attribute: Attribute, declared: Any) -> str:
 
 
 def _type_of(owner: Any, name: str) -> Any:
+    if isinstance(owner, type) and issubclass(owner, (*KINDS, Enum)):
+        raise UnknownAttribute(owner.__name__, name, ", being a value")
     hints = attribute_types(owner)
     if not hints:
         return Any
@@ -125,14 +127,14 @@ def attribute_types(owner: Any) -> dict[str, Any]:
     """Return the public attributes that a type declares, with their types less `None`."""
     try:
         hints = typing.get_type_hints(owner)
-    except (TypeError, NameError):
+    except (TypeError, NameError, AttributeError):
         return {}
     for each in reversed(getattr(owner, "__mro__", ())):
         for name, member in vars(each).items():
             if isinstance(member, property) and member.fget is not None and name not in hints:
                 try:
                     hints[name] = typing.get_type_hints(member.fget).get("return", Any)
-                except NameError:
+                except (TypeError, NameError, AttributeError):
                     hints[name] = Any
     return {
         name: _without_none(hint)
@@ -160,10 +162,15 @@ def kind_of_type(hint: Any) -> str | None:
     if issubclass(hint, Enum):
         kinds = {kind_of(member.value) for member in hint}
         return kinds.pop() if len(kinds) == 1 else None
-    return KINDS.get(hint)
+    return KINDS.get(hint) or next((k for t, k in KINDS.items() if issubclass(hint, t)), None)
 
 
 def _without_none(hint: Any) -> Any:
+    if isinstance(hint, typing.NewType):
+        return _without_none(hint.__supertype__)
+    if typing.get_origin(hint) is typing.Literal:
+        types_found = {type(value) for value in typing.get_args(hint) if value is not None}
+        return types_found.pop() if len(types_found) == 1 else Any
     if typing.get_origin(hint) is typing.Annotated:
         return _without_none(typing.get_args(hint)[0])
     if typing.get_origin(hint) in {typing.Union, types.UnionType}:

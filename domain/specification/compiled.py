@@ -1,7 +1,8 @@
-"""Specifications as generated Python: names and constants are bound, never interpolated."""
+"""Specifications as generated Python: constants are bound, and names only plain identifiers."""
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Callable, Mapping
 from datetime import date, datetime
 from decimal import Decimal
@@ -172,11 +173,13 @@ class _Writer:
         return is_same and kind != "datetime"
 
     def _read(self, attribute: Attribute) -> str:
-        if "." in attribute.path:
+        path = attribute.path
+        if self._is_mapping and "." not in path:
+            return f"candidate[{self._name(path)}]"
+        # A word of Python's own is no name in source, and other alphabets are changed there.
+        if "." in path or not path.isascii() or keyword.iskeyword(path):
             return f"{self._name(attribute.of)}(candidate)"
-        if self._is_mapping:
-            return f"candidate[{attribute.path!r}]"
-        return f"candidate.{attribute.path}"
+        return f"candidate.{path}"
 
     def _name(self, value: object) -> str:
         name = f"k{len(self.names)}"

@@ -13,6 +13,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from leftfold.domain.errors import LeftfoldError
 from leftfold.domain.specification.tree import (
+    MAX_NAME,
     SIGNS,
     TEXTUAL,
     All,
@@ -33,7 +34,6 @@ MAX_NODES = 1_000
 MAX_VALUES = 10_000
 MAX_TEXT = 1_000_000
 """Characters of a document, or of a sentence."""
-MAX_NAME = 255
 
 DECIMAL = r"^-?[0-9]{1,12}(\.[0-9]{1,6})?$"
 
@@ -104,6 +104,8 @@ def from_json(document: str | bytes | Mapping[str, object]) -> Specification[Any
     """Read a document. Raises `InvalidSpecification`."""
     if isinstance(document, Mapping):
         return _read(document, "$", 1, Budget())
+    if not isinstance(document, str | bytes):
+        raise InvalidSpecification("$", "is no object")
     if len(document) > MAX_TEXT:
         raise InvalidSpecification("$", f"longer than {MAX_TEXT} characters")
     try:
@@ -142,9 +144,9 @@ def _read(document: object, where: str, depth: int, budget: Budget) -> Specifica
         case {"not": part, **rest} if not rest:
             return Not(_read(part, f"{where}.not", depth + 1, budget))
         case {"name": name, "is": part, **rest} if not rest:
-            if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
+            if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not name.isprintable():
                 raise InvalidSpecification(
-                    f"{where}.name", f"no name of 1 to {MAX_NAME} characters"
+                    f"{where}.name", f"no name of 1 to {MAX_NAME} printable characters"
                 )
             return Named(name, _read(part, f"{where}.is", depth + 1, budget))
         case {"attr": path, "op": sign, "value": operand, **rest} if not rest:

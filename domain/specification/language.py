@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import date, datetime
 from decimal import Decimal
 from typing import Any, TypeVar
@@ -24,7 +25,8 @@ KEYWORDS = {
     *("and", "or", "not", "is", "in", "none", "true", "false", "always", "never", "between"),
     *("contains", "starts", "ends", "with", "datetime", "date", "uuid"),
 }
-WORDS = {"==": "is", "!=": "is not"}
+NAME = re.compile(r"[^\W\d]\w*")
+"""Names that a sentence has without quotes; some of Python's are not among them."""
 
 
 def sentence(specification: Specification[Any]) -> str:
@@ -70,7 +72,8 @@ def _write_leaf(left: Attribute, sign: str, right: object) -> str:
 
 
 def _write_path(attribute: Attribute) -> str:
-    return ".".join(f'"{n}"' if n in KEYWORDS else n for n in attribute.path.split("."))
+    names = attribute.path.split(".")
+    return ".".join(n if n not in KEYWORDS and NAME.fullmatch(n) else f'"{n}"' for n in names)
 
 
 def _write_value(value: object) -> str:

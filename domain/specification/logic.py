@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import reduce
+from itertools import combinations
 from typing import Any, TypeAlias, cast
 
 from leftfold.domain.specification.tree import (
@@ -24,15 +24,26 @@ from leftfold.domain.specification.values import are_alike, kind_of
 
 Node: TypeAlias = Specification[Any]
 
-MAX_STEPS = 20_000
-"""Steps after which a proof is given up: it is then not proved."""
+MAX_STEPS = 50_000
+"""Values that a proof looks at before it is given up: it is then not proved."""
 
 INVERSE = {"==": "!=", "!=": "=="}
+WEAKER = {"<": {"<", "<=", "!="}, ">": {">", ">=", "!="}}
+EXCLUDED = {
+    "<": {">", ">=", "=="},
+    "<=": {">"},
+    ">": {"<", "<=", "=="},
+    ">=": {"<"},
+    "==": {"<", ">"},
+}
 MIRRORED = {"==": "==", "!=": "!=", "<": ">", "<=": ">=", ">": "<", ">=": "<="}
 
 
 def simplify(specification: Node) -> Node:
-    """Return a specification of the same meaning: negation at the leaves, nothing redundant."""
+    """Return a specification of the same meaning: negation at the leaves, nothing redundant.
+
+    Where very many leaves look at one attribute, they are not compared each with each.
+    """
     return _simplify(specification, negated=False)
 
 
@@ -68,19 +79,21 @@ def _simple_leaf(leaf: Compare, *, negated: bool) -> Node:
 
 def _all(parts: Iterable[Node]) -> Node:
     flat = _flat(parts, All)
-    if NEVER in flat or any(_excludes(p, q) for p, q in _pairs(flat)) or _is_empty(flat):
+    if NEVER in flat or _is_contradiction(flat):
         return NEVER
     kept = _without_redundant(flat, lambda part, other: _implies_leaf(other, part))
-    kept = [p for p in kept if not (isinstance(p, AnyOf) and any(q in p.parts for q in kept))]
+    known = set(kept)
+    kept = [p for p in kept if not (isinstance(p, AnyOf) and known.intersection(p.parts))]
     return kept[0] if len(kept) == 1 else All(tuple(kept))
 
 
 def _any(parts: Iterable[Node]) -> Node:
     flat = _flat(parts, AnyOf)
-    if ALWAYS in flat or any(_covers(p, q) for p, q in _pairs(flat)):
+    if ALWAYS in flat or _is_contradiction([_negation(part) for part in flat if _is_leaf(part)]):
         return ALWAYS
     kept = _without_redundant(flat, _implies_leaf)
-    kept = [p for p in kept if not (isinstance(p, All) and any(q in p.parts for q in kept))]
+    known = set(kept)
+    kept = [p for p in kept if not (isinstance(p, All) and known.intersection(p.parts))]
     return kept[0] if len(kept) == 1 else AnyOf(tuple(kept))
 
 
@@ -93,41 +106,71 @@ def _flat(parts: Iterable[Node], kind: type[All[Any] | AnyOf[Any]]) -> list[Node
     return list(flat)
 
 
-def _pairs(parts: list[Node]) -> Iterable[tuple[Node, Node]]:
-    by_path = _by_path(parts)
-    for group in by_path.values():
-        for number, part in enumerate(group):
-            for other in group[number + 1 :]:
-                yield part, other
+def _is_contradiction(parts: list[Node]) -> bool:
+    """Tell whether it is proved that nothing satisfies all the parts."""
+    return _is_empty(parts) or any(
+        _implies_leaf(part, _negation(other)) or _implies_leaf(other, _negation(part))
+        for group in _groups_to_pair(parts)
+        for part, other in combinations(group, 2)
+        if not (_values_of(part) and _values_of(other))  # of those, all together were asked about
+    )
+
+
+def _without_redundant(parts: list[Node], is_redundant: Callable[[Node, Node], bool]) -> list[Node]:
+    """Leave out the parts that another part makes needless; of two equal ones keep the first."""
+    dropped: set[int] = set()
+    for group in _groups_to_pair(parts):
+        for part in reversed(group):
+            others = (other for other in group if other is not part and id(other) not in dropped)
+            if any(is_redundant(part, other) for other in others):
+                dropped.add(id(part))
+    return [part for part in parts if id(part) not in dropped]
+
+
+def _groups_to_pair(parts: list[Node]) -> Iterable[list[Node]]:
+    """Return the groups of one attribute that are small enough to compare each with each."""
+    for group in _by_path(parts).values():
+        if len(group) * sum(map(_size, group)) <= MAX_STEPS:
+            yield group
 
 
 def _by_path(parts: Iterable[Node]) -> dict[str, list[Node]]:
+    """Return the leaves that look at each attribute."""
     groups: dict[str, list[Node]] = {}
     for part in parts:
-        leaf = part.part if isinstance(part, Not) else part
-        if isinstance(leaf, Compare):
-            groups.setdefault(leaf.left.path, []).append(part)
+        leaf = _leaf(part)
+        if leaf is not None:
+            paths = {leaf.left.path: None}
+            if isinstance(leaf.right, Attribute):
+                paths[leaf.right.path] = None
+            for path in paths:
+                groups.setdefault(path, []).append(part)
     return groups
 
 
-def _without_redundant(parts: list[Node], is_redundant: Any) -> list[Node]:
-    """Leave out parts that another part makes needless; of two equal ones keep the first."""
-    kept = list(parts)
-    for group in _by_path(parts).values():
-        for part in group:
-            others = [other for other in group if other is not part and other in kept]
-            if any(is_redundant(part, other) for other in others):
-                kept.remove(part)
-    return kept
+def _leaf(part: Node) -> Compare | None:
+    leaf = part.part if isinstance(part, Not) else part
+    return leaf if isinstance(leaf, Compare) else None
+
+
+def _is_leaf(part: Node) -> bool:
+    return _leaf(part) is not None
+
+
+def _size(part: Node) -> int:
+    """Return how many values a leaf compares with."""
+    leaf = _leaf(part)
+    return len(leaf.right) if leaf is not None and isinstance(leaf.right, tuple) else 1
 
 
 def implies(first: Node, second: Node) -> bool:
     """Tell whether it is proved that whatever satisfies the first satisfies the second."""
-    steps = [MAX_STEPS]
+    left = MAX_STEPS
 
     def prove(a: Node, b: Node) -> bool:
-        steps[0] -= 1
-        if steps[0] < 0:
+        nonlocal left
+        left -= _size(a) + _size(b)
+        if left < 0:
             return False
         if a in (b, NEVER) or b == ALWAYS:
             return True
@@ -135,23 +178,20 @@ def implies(first: Node, second: Node) -> bool:
             return all(prove(part, b) for part in a.parts)
         if isinstance(b, All):
             return all(prove(a, part) for part in b.parts)
-        if isinstance(b, AnyOf) and any(prove(a, part) for part in b.parts):
-            return True
-        if isinstance(a, All):
-            return any(prove(part, b) for part in a.parts) or _together(a, b)
-        return _implies_leaf(a, b)
+        if not isinstance(a, All) and not isinstance(b, AnyOf):
+            return _implies_leaf(a, b)
+        known = a.parts if isinstance(a, All) else (a,)
+        wanted = b.parts if isinstance(b, AnyOf) else (b,)
+        # What is known implies what is wanted if nothing satisfies it and none of those.
+        together = [*known, *(_negation(part) for part in wanted if _is_leaf(part))]
+        left -= sum(map(_size, together))
+        return (
+            (left >= 0 and _is_empty(together))
+            or (len(wanted) > 1 and any(prove(a, part) for part in wanted))
+            or (len(known) > 1 and any(prove(part, b) for part in known))
+        )
 
     return prove(simplify(first), simplify(second))
-
-
-def _together(a: All[Any], b: Node) -> bool:
-    """Tell whether what the parts say of one attribute together proves a leaf."""
-    there = _leaf_set(b)
-    if there is None:
-        return False
-    path, wanted = there
-    known = [found[1] for part in a.parts if (found := _leaf_set(part)) and found[0] == path]
-    return bool(known) and reduce(_both, known).is_within(wanted)
 
 
 # Leaves as sets of values ---------------------------------------------------------------------
@@ -172,6 +212,9 @@ class _Bound:
 
 Interval: TypeAlias = tuple[_Bound | None, _Bound | None]
 """From a bound to a bound, neither of which is in it; `None` is without end."""
+Intervals: TypeAlias = tuple[Interval, ...]
+"""In order, and none within another."""
+EVERYTHING: Intervals = ((None, None),)
 
 
 @dataclass(frozen=True)
@@ -179,60 +222,47 @@ class _Values:
     """Values of one kind that an attribute may have: intervals in order, and perhaps none."""
 
     kind: str | None
-    intervals: tuple[Interval, ...]
+    intervals: Intervals
     with_none: bool
 
     def is_within(self, other: _Values) -> bool:
-        if self.with_none and not other.with_none:
+        if not _are_comparable((self, other)):
             return False
-        if not self.intervals:
-            return True
-        if not _comparable(self, other):
-            return False
-        return all(any(_inside(i, o) for o in other.intervals) for i in self.intervals)
-
-    @property
-    def is_empty(self) -> bool:
-        return not self.intervals and not self.with_none
+        beyond = _both(self.intervals, _outside(other.intervals))
+        return not beyond and (other.with_none or not self.with_none)
 
 
-def _comparable(a: _Values, b: _Values) -> bool:
-    return a.kind is None or b.kind is None or are_alike(a.kind, b.kind)
+def _are_comparable(sets: Iterable[_Values]) -> bool:
+    kinds = {each.kind for each in sets} - {None}
+    return all(are_alike(kind, other) for kind, other in combinations(kinds, 2))
 
 
-def _inside(inner: Interval, outer: Interval) -> bool:
-    low, high = inner
-    is_low = outer[0] is None or (low is not None and not low < outer[0])
-    is_high = outer[1] is None or (high is not None and not outer[1] < high)
-    return is_low and is_high
-
-
-def _both(a: _Values, b: _Values) -> _Values:
+def _both(a: Intervals, b: Intervals) -> Intervals:
     """Return what is in both."""
     found: list[Interval] = []
-    for a_low, a_high in a.intervals:
-        for b_low, b_high in b.intervals:
-            low = b_low if a_low is None or (b_low is not None and a_low < b_low) else a_low
-            high = b_high if a_high is None or (b_high is not None and b_high < a_high) else a_high
-            if low is None or high is None or low < high:
-                found.append((low, high))
-    return _Values(a.kind or b.kind, tuple(found), a.with_none and b.with_none)
+    i = j = 0
+    while i < len(a) and j < len(b):
+        (a_low, a_high), (b_low, b_high) = a[i], b[j]
+        low = b_low if a_low is None or (b_low is not None and a_low < b_low) else a_low
+        is_a_first = b_high is None or (a_high is not None and a_high < b_high)
+        high = a_high if is_a_first else b_high
+        if low is None or high is None or low < high:
+            found.append((low, high))
+        i, j = (i + 1, j) if is_a_first else (i, j + 1)
+    return tuple(found)
 
 
-EVERYTHING: tuple[Interval, ...] = ((None, None),)
-
-
-def _leaf_set(part: Node) -> tuple[str, _Values] | None:
-    """Return the attribute and its values that satisfy a leaf; None if that is no set of values."""
+def _values_of(part: Node) -> _Values | None:
+    """Return the values of its attribute that satisfy a leaf; None if that is no set of values."""
     negated = isinstance(part, Not)
-    leaf = part.part if isinstance(part, Not) else part
-    if not isinstance(leaf, Compare) or isinstance(leaf.right, Attribute):
+    leaf = _leaf(part)
+    if leaf is None or isinstance(leaf.right, Attribute):
         return None
-    path, right = leaf.left.path, leaf.right
+    right = leaf.right
     if right is None:
         is_none = (leaf.sign == "==") is not negated
-        return path, _Values(None, () if is_none else EVERYTHING, is_none)
-    intervals: tuple[Interval, ...]
+        return _Values(None, () if is_none else EVERYTHING, is_none)
+    intervals: Intervals
     if isinstance(right, tuple):
         kinds = {kind_of(value) for value in right}
         if len(kinds) != 1:
@@ -243,7 +273,7 @@ def _leaf_set(part: Node) -> tuple[str, _Values] | None:
     else:
         kind = kind_of(right)
         below, above = _point(right)
-        table: dict[str, tuple[Interval, ...]] = {
+        table: dict[str, Intervals] = {
             "==": ((below, above),),
             "!=": ((None, below), (above, None)),
             "<": ((None, below),),
@@ -257,14 +287,14 @@ def _leaf_set(part: Node) -> tuple[str, _Values] | None:
         with_none = leaf.sign == "!="
     if negated:
         intervals, with_none = _outside(intervals), not with_none
-    return path, _Values(kind, intervals, with_none)
+    return _Values(kind, intervals, with_none)
 
 
 def _point(value: Any) -> tuple[_Bound, _Bound]:
     return _Bound(value, -1), _Bound(value, 1)
 
 
-def _outside(intervals: tuple[Interval, ...]) -> tuple[Interval, ...]:
+def _outside(intervals: Intervals) -> Intervals:
     """Return what is in none of the intervals, which are in order."""
     found: list[Interval] = []
     low: _Bound | None = None
@@ -278,13 +308,19 @@ def _outside(intervals: tuple[Interval, ...]) -> tuple[Interval, ...]:
     return tuple(found)
 
 
-def _is_empty(parts: list[Node]) -> bool:
+def _is_empty(parts: Iterable[Node]) -> bool:
     """Tell whether no value of some attribute satisfies all the parts that look at it."""
     for group in _by_path(parts).values():
-        sets = [found[1] for part in group if (found := _leaf_set(part)) is not None]
-        if any(not _comparable(a, b) for a in sets for b in sets):
+        sets = [values for part in group if (values := _values_of(part))]
+        if not sets or not _are_comparable(sets) or sum(map(_size, group)) > MAX_STEPS:
             continue
-        if sets and reduce(_both, sets).is_empty:
+        if all(each.with_none for each in sets):
+            continue
+        common = [each.intervals for each in sets]
+        while len(common) > 1:  # in pairs of like size: each value is looked at few times
+            odd = common[len(common) // 2 * 2 :]
+            common = [*map(_both, common[::2], common[1::2]), *odd]
+        if not common[0]:
             return True
     return False
 
@@ -293,9 +329,12 @@ def _implies_leaf(a: Node, b: Node) -> bool:
     """Tell whether one leaf proves another."""
     if a == b:
         return True
-    first, second = _leaf_set(a), _leaf_set(b)
-    if first and second:
-        return first[0] == second[0] and first[1].is_within(second[1])
+    leaf, other = _leaf(a), _leaf(b)
+    first, second = _values_of(a), _values_of(b)
+    if leaf is not None and other is not None and first and second:
+        return leaf.left.path == other.left.path and first.is_within(second)
+    if isinstance(a, Compare) and isinstance(b, Not) and isinstance(b.part, Compare):
+        return b.part.sign in EXCLUDED.get(_sign_as_in(a, b.part) or "", ())
     if isinstance(a, Compare) and isinstance(b, Compare):
         return _implies_text(a, b) or _implies_attributes(a, b) or _implies_present(a, b)
     return False
@@ -324,24 +363,19 @@ def _implies_present(a: Compare, b: Compare) -> bool:
 
 
 def _implies_attributes(a: Compare, b: Compare) -> bool:
-    if not isinstance(a.right, Attribute) or not isinstance(b.right, Attribute):
-        return False
-    sign = a.sign
-    if (a.left.path, a.right.path) == (b.right.path, b.left.path):
-        sign = MIRRORED[sign]
-    elif (a.left.path, a.right.path) != (b.left.path, b.right.path):
-        return False
-    weaker = {"<": {"<", "<=", "!="}, ">": {">", ">=", "!="}}
-    return b.sign in weaker.get(sign, {sign})
+    sign = _sign_as_in(a, b)
+    return sign is not None and b.sign in WEAKER.get(sign, {sign})
+
+
+def _sign_as_in(a: Compare, b: Compare) -> str | None:
+    """Return the sign between the two attributes of `a`, in the order that `b` has them."""
+    if isinstance(a.right, Attribute) and isinstance(b.right, Attribute):
+        if (a.left.path, a.right.path) == (b.left.path, b.right.path):
+            return a.sign
+        if (a.left.path, a.right.path) == (b.right.path, b.left.path):
+            return MIRRORED[a.sign]
+    return None
 
 
 def _negation(part: Node) -> Node:
     return _simplify(part, negated=True)
-
-
-def _excludes(a: Node, b: Node) -> bool:
-    return _implies_leaf(a, _negation(b)) or _implies_leaf(b, _negation(a))
-
-
-def _covers(a: Node, b: Node) -> bool:
-    return _implies_leaf(_negation(a), b) or _implies_leaf(_negation(b), a)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import date, datetime
 from decimal import Decimal
-from typing import Any, TypeVar, cast
+from typing import Any, cast
+from unicodedata import category
 from uuid import UUID
 
 from lark import Lark, Token, Transformer, v_args
@@ -24,13 +25,10 @@ from leftfold.domain.specification.tree import (
     All,
     AnyOf,
     Attribute,
-    Compare,
     Not,
     Specification,
 )
-from leftfold.domain.specification.values import MAX_INTEGER, SHOWN, Value
-
-T = TypeVar("T")
+from leftfold.domain.specification.values import SHOWN, Value, constant
 
 GRAMMAR = r"""
 ?start: either
@@ -73,6 +71,8 @@ NAME: /[^\W\d]\w*/
 
 def parse(text: str) -> Specification[Any]:
     """Read a sentence. Raises `InvalidSpecification`."""
+    if not isinstance(text, str):
+        raise InvalidSpecification("sentence", "is no text")
     if len(text) > MAX_TEXT:
         raise InvalidSpecification("sentence", f"longer than {MAX_TEXT} characters")
     try:
@@ -104,9 +104,14 @@ def _fault(text: str, error: UnexpectedInput) -> InvalidSpecification:
 
 def _pointed(text: str, line: int, column: int, reason: str) -> InvalidSpecification:
     begin = max(0, column - SHOWN)
-    excerpt = text.split("\n")[line - 1][begin : column + SHOWN]
+    excerpt = _printable(text.split("\n")[line - 1][begin : column + SHOWN])
     caret = " " * (column - 1 - begin) + "^"
     return InvalidSpecification(f"line {line}, column {column}", f"{reason}\n{excerpt}\n{caret}")
+
+
+def _printable(text: str) -> str:
+    """Return it with one mark for each character that an output may refuse, in its place."""
+    return "".join("\N{REPLACEMENT CHARACTER}" if category(c) in {"Cc", "Cs"} else c for c in text)
 
 
 def _terminal(name: str) -> str:
@@ -127,8 +132,6 @@ def _check_size(specification: Specification[Any]) -> None:
                 waiting.extend((part, depth + 1) for part in parts)
             case Not(part):
                 waiting.append((part, depth + 1))
-            case Compare(_, _, tuple() as values) if len(values) > MAX_VALUES:
-                raise InvalidSpecification("sentence", f"more than {MAX_VALUES} values")
             case _:
                 pass
 
@@ -185,7 +188,9 @@ class _Builder(Transformer):  # type: ignore[type-arg]  # lark leaves its argume
         return left != None  # noqa: E711 - builds a specification
 
     def is_in(self, left: Attribute, *values: Value) -> Specification[Any]:
-        return left.is_in(value for value in values if value is not None)
+        if len(values) > MAX_VALUES:
+            raise InvalidSpecification("sentence", f"more than {MAX_VALUES} values")
+        return left.is_in(value for value in values if value is not None)  # an empty list has one
 
     def between(self, left: Attribute, low: Value, high: Value) -> Specification[Any]:
         return left.between(low, high)
@@ -199,17 +204,17 @@ class _Builder(Transformer):  # type: ignore[type-arg]  # lark leaves its argume
     def ends_with(self, left: Attribute, text: str) -> Specification[Any]:
         return left.endswith(_unquoted(text))
 
-    def a_float(self, text: str) -> float:
-        return float(text)
+    def a_float(self, text: Token) -> Value:
+        return _value(float, text, text, "number")
 
-    def a_decimal(self, text: str) -> Decimal:
-        return Decimal(str(text))
+    def a_decimal(self, text: Token) -> Value:
+        return _value(Decimal, text, text, "number")
 
-    def an_integer(self, text: str) -> int:
-        return int(text) if len(text) <= SHOWN else MAX_INTEGER + 1  # refused by `constant`
+    def an_integer(self, text: Token) -> Value:
+        return _value(int, text, text, "number")
 
-    def a_text(self, text: str) -> str:
-        return _unquoted(text)
+    def a_text(self, text: Token) -> Value:
+        return _value(str, text, _unquoted(text), "text")
 
     def a_truth(self) -> bool:
         return True
@@ -217,25 +222,31 @@ class _Builder(Transformer):  # type: ignore[type-arg]  # lark leaves its argume
     def a_falsehood(self) -> bool:
         return False
 
-    def a_datetime(self, text: str) -> datetime:
-        return _typed(datetime.fromisoformat, text, "datetime")
+    def a_datetime(self, text: Token) -> Value:
+        return _value(datetime.fromisoformat, text, _unquoted(text), "datetime")
 
-    def a_date(self, text: str) -> date:
-        return _typed(date.fromisoformat, text, "date")
+    def a_date(self, text: Token) -> Value:
+        return _value(date.fromisoformat, text, _unquoted(text), "date")
 
-    def a_uuid(self, text: str) -> UUID:
-        return _typed(UUID, text, "uuid")
+    def a_uuid(self, text: Token) -> Value:
+        return _value(UUID, text, _unquoted(text), "uuid")
 
 
 def _unquoted(text: str) -> str:
     return str(text)[1:-1].replace("''", "'")
 
 
-def _typed(read: Callable[[str], T], text: str, name: str) -> T:
+def _value(read: Callable[[str], Value], place: Token, text: str, name: str) -> Value:
+    if name != "text" and len(text) > SHOWN:
+        raise _Refused(place, f"longer than {SHOWN} characters")
     try:
-        return read(_unquoted(text))
+        kept = constant(read(text))
+    except LeftfoldError as error:
+        raise _Refused(place, str(error)) from None
     except ValueError:
-        raise InvalidSpecification("sentence", f"{text[:SHOWN]} is no {name}") from None
+        raise _Refused(place, f"no {name}") from None
+    assert kept is not None  # noqa: S101 - it was read
+    return kept
 
 
 _PARSER = Lark(GRAMMAR, parser="lalr", transformer=_Builder())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, is_dataclass
 from datetime import datetime
 from functools import cached_property
@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeAlias, TypeV
 
 from leftfold.domain.errors import LeftfoldError
 from leftfold.domain.specification.values import (
-    EXACT_IN_FLOAT,
     UnlikeTypes,
     Value,
     are_alike,
     constant,
+    is_aware,
+    is_exact_float,
     kind_of,
     plain,
 )
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
 
 T_contra = TypeVar("T_contra", contravariant=True)
 T = TypeVar("T")
+
+MAX_NAMES = 32
+"""Names that may stand for one another before one stands for a tree."""
+MAX_NAME = 255
+"""Characters of a name."""
 
 
 class UnknownAttribute(LeftfoldError, message="{candidate_type} has no attribute {name!r}{hint}"):
@@ -147,10 +153,14 @@ class Specification(Generic[T_contra]):
 
     def __eq__(self, other: object) -> bool:
         """Tell whether it is the same question: of the same name, with the same tree."""
-        return type(self) is type(other) and self.tree() == cast("Self", other).tree()
+        tree = self.tree()
+        if tree is self or type(self) is not type(other):  # one without a tree is only itself
+            return self is other
+        return tree == cast("Self", other).tree()
 
     def __hash__(self) -> int:
-        return hash((type(self), self.tree()))
+        tree = self.tree()
+        return id(self) if tree is self else hash((type(self), tree))
 
     def __getstate__(self) -> dict[str, object]:
         # What was compiled cannot be pickled, and is made again.
@@ -197,9 +207,20 @@ def _joined(
 ) -> Specification[Any]:
     """Join two without nesting, so that a long chain of `&` or `|` is one flat node."""
     parts = tuple(
-        part for each in (one, other) for part in (each.parts if type(each) is kind else (each,))
+        part
+        for each in _checked((one, other))
+        for part in (each.parts if type(each) is kind else (each,))
     )
     return parts[0] if len(parts) == 1 else kind(parts)
+
+
+def _checked(parts: tuple[Specification[T], ...]) -> tuple[Specification[T], ...]:
+    """Return them. Raises `TypeError` for what is no specification, as a bare callable."""
+    for part in parts:
+        if not isinstance(part, Specification):
+            msg = f"{part!r} is not a specification; `satisfies` wraps a callable"
+            raise TypeError(msg)
+    return parts
 
 
 def expand(specification: Specification[T]) -> Specification[T]:
@@ -207,7 +228,10 @@ def expand(specification: Specification[T]) -> Specification[T]:
 
     A subclass that has no tree and overrides `is_satisfied_by` is a wrapped callable.
     """
-    while not isinstance(specification, NODES):
+    named = specification
+    for _ in range(MAX_NAMES):
+        if isinstance(specification, NODES):
+            return specification
         tree = specification.tree()
         if tree is specification:
             if type(specification).is_satisfied_by is Specification.is_satisfied_by:
@@ -215,7 +239,8 @@ def expand(specification: Specification[T]) -> Specification[T]:
                 raise TypeError(msg)
             return Opaque(specification.is_satisfied_by, name_of(specification))
         specification = tree
-    return specification
+    msg = f"the tree of {type(named).__name__} leads to no node: does it stand for itself?"
+    raise TypeError(msg)
 
 
 def name_of(specification: Specification[Any]) -> str:
@@ -225,7 +250,8 @@ def name_of(specification: Specification[Any]) -> str:
     if isinstance(specification, NODES):
         return ""
     name = repr(specification) if is_dataclass(specification) else type(specification).__name__
-    return name.removesuffix("()")
+    name = name.removesuffix("()")
+    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"
 
 
 @dataclass(frozen=True)
@@ -295,6 +321,9 @@ class Opaque(Specification[T_contra]):
     def check(self, candidate: T_contra) -> bool:
         """Tell whether the callable says so."""
         return bool(self.function(candidate))
+
+    def __hash__(self) -> int:
+        return hash(self.name)  # the callable may have none
 
     def __repr__(self) -> str:
         return f"satisfies({getattr(self.function, '__qualname__', '…')}, name={self.name!r})"
@@ -381,10 +410,10 @@ def _check_alike(left: object, right: object) -> None:
     kinds = kind_of(left), kind_of(right)
     is_alike = are_alike(*kinds)
     if is_alike and "datetime" in kinds:
-        is_alike = all(isinstance(v, datetime) and v.tzinfo is not None for v in (left, right))
+        is_alike = all(isinstance(v, datetime) and is_aware(v) for v in (left, right))
     if is_alike and kinds[0] != kinds[1] and "float" in kinds:
         whole = cast("int", left if kinds[0] == "int" else right)  # what a float is alike to
-        is_alike = abs(whole) <= EXACT_IN_FLOAT
+        is_alike = is_exact_float(whole)
     if not is_alike:
         raise UnlikeTypes(type(left).__name__, type(right).__name__)
 
@@ -424,8 +453,8 @@ class Attribute:
 
     def is_in(self, values: Any) -> Compare:  # any iterable but a text, which is checked
         """Be one of these values, none of which is `None`."""
-        if isinstance(values, str):
-            raise UnlikeTypes("is_in", "a single text")
+        if isinstance(values, str) or not isinstance(values, Iterable):
+            raise UnlikeTypes("is_in", f"a single {type(values).__name__}")
         constants = [constant(value) for value in values]
         kept = tuple({(type(value), value): value for value in constants}.values())
         if None in kept:
@@ -500,12 +529,12 @@ def attr(path: str) -> Attribute:
 
 def all_of(*parts: Specification[T_contra]) -> Specification[T_contra]:
     """Return the specification that every part must satisfy."""
-    return All(parts)
+    return All(_checked(parts))
 
 
 def any_of(*parts: Specification[T_contra]) -> Specification[T_contra]:
     """Return the specification that some part must satisfy."""
-    return AnyOf(parts)
+    return AnyOf(_checked(parts))
 
 
 def satisfies(function: Callable[[T], bool], *, name: str) -> Specification[T]:

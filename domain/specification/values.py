@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from datetime import UTC, date, datetime
-from decimal import Decimal
+from decimal import Context, Decimal, Inexact
 from enum import Enum
 from typing import TypeAlias
 from uuid import UUID
@@ -16,8 +16,9 @@ Value: TypeAlias = bool | int | float | Decimal | str | datetime | date | UUID
 
 MAX_INTEGER = 2**63 - 1
 MAX_DIGITS, MAX_DECIMALS = 18, 6
-EXACT_IN_FLOAT = 2**53
 SHOWN = 60
+EXACT = Context(prec=MAX_DIGITS + 1, traps=[Inexact])
+"""Arithmetic that raises where it would round, whatever the program's own context does."""
 
 KINDS: dict[type, str] = {
     bool: "bool",
@@ -47,13 +48,23 @@ class UnlikeTypes(LeftfoldError, message="cannot compare {left} with {right}"):
 
 
 def plain(value: object) -> object:
-    """Return an enum's member as its value, and anything else as it is."""
-    return value.value if isinstance(value, Enum) else value
+    """Return a value as it compares: an enum's member as its value, a moment in UTC.
+
+    Python compares moments of one zone by the clock on the wall, which shows some hours twice.
+    """
+    if isinstance(value, Enum):
+        value = value.value
+    if isinstance(value, datetime) and is_aware(value):
+        try:
+            return value.astimezone(UTC)
+        except OverflowError:
+            return value
+    return value
 
 
 def constant(value: object) -> Value | None:
     """Return a value in the one form that specifications keep. Raises `InvalidValue`."""
-    match plain(value):
+    match value.value if isinstance(value, Enum) else value:
         case None:
             return None
         case bool() as truth:
@@ -80,11 +91,45 @@ def constant(value: object) -> Value | None:
 
 def kind_of(value: object) -> str | None:
     """Return the kind of a value that an attribute has; None for one that cannot be compared."""
-    value = plain(value)
+    if isinstance(value, Enum):
+        value = value.value
     kind = KINDS.get(type(value))
     if kind is None:
         return next((k for t, k in KINDS.items() if isinstance(value, t)), None)
     return kind
+
+
+def is_aware(moment: datetime) -> bool:
+    """Tell whether a moment has a zone, and the zone an offset then."""
+    return moment.utcoffset() is not None
+
+
+def is_exact_float(number: int) -> bool:
+    """Tell whether a float can be this whole number."""
+    try:
+        return float(number) == number
+    except OverflowError:
+        return False
+
+
+def millionths(number: Decimal) -> int:
+    """Return a decimal in millionths, in time that does not grow with its exponent.
+
+    Raises `ValueError` if it has more decimals, or far too many digits before the point.
+    """
+    if not number.is_finite():
+        msg = "not a finite number"
+        raise ValueError(msg)
+    if not number:
+        return 0
+    if number.adjusted() > MAX_DIGITS - MAX_DECIMALS:
+        msg = f"more than {MAX_DIGITS - MAX_DECIMALS} digits before the point"
+        raise ValueError(msg)
+    try:
+        return int(EXACT.to_integral_exact(EXACT.scaleb(number, MAX_DECIMALS)))
+    except Inexact:
+        msg = f"more than {MAX_DECIMALS} digits after the point"
+        raise ValueError(msg) from None
 
 
 def are_alike(left: str | None, right: str | None) -> bool:
@@ -95,21 +140,16 @@ def are_alike(left: str | None, right: str | None) -> bool:
 
 
 def _decimal(number: Decimal) -> Decimal:
-    if not number.is_finite():
-        raise _invalid(number, "not a finite number")
-    sign, digits, exponent = number.as_tuple()
-    if not any(digits):
-        return Decimal(0)
-    assert isinstance(exponent, int)  # noqa: S101 - it is finite
-    while digits[-1] == 0 and exponent < 0:  # by hand: the context could round
-        digits, exponent = digits[:-1], exponent + 1
-    if exponent < -MAX_DECIMALS:
-        raise _invalid(number, f"more than {MAX_DECIMALS} digits after the point")
-    if len(digits) + exponent > MAX_DIGITS - MAX_DECIMALS:
+    try:
+        units = millionths(number)
+    except ValueError as error:
+        raise _invalid(number, str(error)) from None
+    if abs(units) >= 10**MAX_DIGITS:
         raise _invalid(number, f"more than {MAX_DIGITS - MAX_DECIMALS} digits before the point")
-    if exponent > 0:
-        digits, exponent = digits + (0,) * exponent, 0
-    return Decimal((sign, digits, exponent))
+    exponent = -MAX_DECIMALS
+    while exponent < 0 and units % 10 == 0:
+        units, exponent = units // 10, exponent + 1
+    return EXACT.scaleb(Decimal(units), exponent)
 
 
 def _text(text: str) -> str:
@@ -123,7 +163,7 @@ def _text(text: str) -> str:
 
 
 def _moment(moment: datetime) -> datetime:
-    if moment.tzinfo is None:
+    if not is_aware(moment):
         raise _invalid(moment, "a time without a zone")
     try:
         return moment.astimezone(UTC)
@@ -132,5 +172,8 @@ def _moment(moment: datetime) -> datetime:
 
 
 def _invalid(value: object, reason: str) -> InvalidValue:
-    shown = ascii(value)
+    try:
+        shown = ascii(value)
+    except ValueError:  # Python writes no whole number of thousands of digits
+        shown = f"a huge {type(value).__name__}"
     return InvalidValue(shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}…", reason)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from enum import Enum
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -24,6 +23,7 @@ from leftfold.application.ports import (
     Verdict,
 )
 from leftfold.domain import ALWAYS, Specification
+from leftfold.domain.specification.values import plain
 from leftfold.infrastructure.rows import RowShape
 
 R = TypeVar("R")
@@ -189,7 +189,7 @@ class MemoryViews:
             return shown[:limit]
 
         def rank(value: Any) -> tuple[bool, Any]:
-            return value is not None, value.value if isinstance(value, Enum) else value
+            return value is not None, plain(value)
 
         def value_of(entry: tuple[str, R]) -> tuple[bool, Any]:
             return rank(getattr(entry[1], order.column))

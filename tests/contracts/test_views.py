@@ -428,6 +428,8 @@ class ViewStoreContract:
             ("identity", "abc"),
             ("day", PLAIN.moment),
             ("amount", Decimal("NaN")),
+            ("amount", Decimal("1E-999999999")),
+            ("amount", Decimal("1E+999999999")),
         ],
     )
     def test_to_go_on_after_a_value_that_no_row_can_have_is_refused(self, views, column, value):

@@ -11,7 +11,14 @@ from uuid import uuid4
 
 import pytest
 
-from leftfold.application import Receipt, ShuttingDown, ValidationFailed, ViewBehind
+from leftfold.application import (
+    Query,
+    QueryService,
+    Receipt,
+    ShuttingDown,
+    ValidationFailed,
+    ViewBehind,
+)
 from leftfold.application.items import (
     DiscontinueItem,
     FindItems,
@@ -19,14 +26,17 @@ from leftfold.application.items import (
     InvoiceLine,
     ItemAsOf,
     ItemHistory,
+    ItemQueries,
     RecordInvoice,
     RenameItem,
     TakeBackStock,
     WriteOffStock,
+    item_model,
+    item_stock,
 )
-from leftfold.domain import Err, Ok
+from leftfold.domain import Err, Ok, Result, attr
 from leftfold.domain.items import InsufficientStock, Item, ItemNotFound
-from leftfold.infrastructure import NotRunningError, Settings
+from leftfold.infrastructure import NotRunningError, Runtime, Settings
 from leftfold.infrastructure.items import open_items
 
 pytestmark = pytest.mark.anyio
@@ -200,11 +210,26 @@ async def test_items_can_be_paged_by_any_column(shop, register, order):
     assert sorted(found) == ["S0", "S1", "S2", "S3", "S4"]
 
 
-async def test_a_forged_cursor_finds_nothing_or_is_refused(shop, register):
+async def test_a_value_of_a_row_has_no_attributes_to_ask_for(shop):
+    query = FindItems(where=attr("first_sale.year") == 2011)
+    answer = await shop.queries.dispatch(query)
+    assert isinstance(answer, Err)
+    assert isinstance(answer.error, ValidationFailed)
+
+
+@pytest.mark.parametrize(
+    ("order", "cursor"),
+    [
+        ("on_hand", b'["on_hand","k",99999999999999999999999]'),
+        ("revenue", b'["revenue","k","1E-999999999"]'),
+        ("revenue", b'["revenue","k","1E+999999999"]'),
+    ],
+)
+async def test_a_forged_cursor_finds_nothing_or_is_refused(shop, register, order, cursor):
     await shop.commands.dispatch(register())
     await shop.catch_up()
-    forged = urlsafe_b64encode(b'["on_hand","k",99999999999999999999999]').decode()
-    match await shop.queries.dispatch(FindItems(order="on_hand", cursor=forged)):
+    forged = urlsafe_b64encode(cursor).decode()
+    match await shop.queries.dispatch(FindItems(order=order, cursor=forged)):
         case Ok(page):
             assert page.rows == ()
         case Err(error):
@@ -242,3 +267,28 @@ async def test_closing_twice_at_once_is_one_closing(store_url):
     await shop.close()
     with pytest.raises(NotRunningError):
         shop.health()
+
+
+class Peek(Query[int, ValidationFailed]):
+    limit: int
+
+
+class Peeking(QueryService):
+    def handlers(self):
+        yield Peek.handled_by(self.peek)
+
+    async def peek(self, query: Peek) -> Result[int, ValidationFailed]:
+        page = await self.views.page(item_stock, "sku", query.limit)
+        rows = await self.views.rows(item_stock, limit=query.limit)
+        return Ok(len(page.rows) + len(rows))
+
+
+@pytest.mark.parametrize("limit", [0, -1, 2**63 - 1])
+async def test_a_limit_that_no_database_counts_to_is_refused(store_url, register, limit):
+    model = replace(item_model, queries=(ItemQueries, Peeking))
+    async with Runtime(model, store_url) as shop:
+        receipt = (await shop.commands.dispatch(register())).unwrap()
+        assert await shop.queries.dispatch(Peek(limit=2**62), after=receipt) == Ok(2)
+        refused = await shop.queries.dispatch(Peek(limit=limit))
+        assert isinstance(refused, Err)
+        assert isinstance(refused.error, ValidationFailed)
