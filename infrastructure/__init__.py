@@ -14,11 +14,21 @@ from leftfold.infrastructure.errors import (
     ValueOutOfRangeError,
     ViewChangedError,
 )
+from leftfold.infrastructure.resilience import (
+    CircuitBreaker,
+    CircuitOpenError,
+    CircuitState,
+    Resilience,
+    RetryPolicy,
+)
 from leftfold.infrastructure.runtime import Health, ProjectionHealth, Runtime
 from leftfold.infrastructure.settings import Settings
 
 __all__ = [
     "BlockingRuntime",
+    "CircuitBreaker",
+    "CircuitOpenError",
+    "CircuitState",
     "ForkedRuntimeError",
     "Health",
     "InfrastructureError",
@@ -27,6 +37,8 @@ __all__ = [
     "NotRunningError",
     "ProjectionFailedError",
     "ProjectionHealth",
+    "Resilience",
+    "RetryPolicy",
     "Runtime",
     "SchemaMissingError",
     "SchemaVersionError",

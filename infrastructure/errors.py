@@ -92,3 +92,11 @@ class ProjectionFailedError(
 
     projection: str
     reason: str
+
+
+class CacheUnavailableError(InfrastructureError, message="the cache {cache} failed: {reason}"):
+    """A cache outside this process cannot be reached; what was asked of it may not be done."""
+
+    cache: str
+    """Its address, with no password."""
+    reason: str

@@ -30,7 +30,31 @@ PATIENCE = 5.0
 FORK_PATIENCE = 1.0
 """Seconds that a fork waits for threads at work."""
 
+Lock = threading.Lock
+monotonic = time.monotonic
+epoch_seconds = time.time
+blocking_sleep = time.sleep
+
 _log = logging.getLogger("leftfold.platform")
+_tasks: set[asyncio.Task[Any]] = set()  # asyncio itself holds tasks weakly
+
+
+def random_number() -> float:
+    """Return a number from 0 up to 1."""
+    return random.random()  # noqa: S311 - for jitter, not for secrets
+
+
+async def asleep(seconds: float) -> None:
+    """Wait some seconds, without blocking."""
+    await asyncio.sleep(seconds)
+
+
+def start_task(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """Begin a task of what is no runtime's, in the caller's context."""
+    task = asyncio.get_running_loop().create_task(work)
+    _tasks.add(task)
+    task.add_done_callback(_tasks.discard)
+    return task
 
 
 class SystemPlatform:
@@ -48,7 +72,7 @@ class SystemPlatform:
         return time.monotonic()
 
     def random(self) -> float:
-        return random.random()  # noqa: S311 - for jitter, not for secrets
+        return random_number()
 
     def new_id(self) -> uuid.UUID:
         return uuid.uuid4()

@@ -1,0 +1,133 @@
+"""Caches: what is kept for a while, and what must be known of it to serve it rightly."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Generic, Protocol, TypeAlias, TypeVar
+
+from leftfold.domain import LeftfoldError
+from leftfold.domain.clock import now
+
+T = TypeVar("T")
+
+
+class InvalidCacheArgumentError(LeftfoldError, message="{name} of a cache: {reason}"):
+    """A time to live, a size or a key that no cache takes: an error in the program."""
+
+    name: str
+    reason: str
+
+
+class NotKept(Exception):
+    """Raised by a loader whose answer is not to be kept, nor replaced by an older one.
+
+    All who wait for the load get it raised.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class CacheEntry(Generic[T]):
+    """A value in a cache, with what is known of it."""
+
+    value: T
+    created_at: datetime
+    """When it was put there (UTC)."""
+    expires_at: datetime | None
+    """When it is no longer served, unless its source fails; None if never."""
+    position: int = 0
+    """The position in the log that it was read at or after; 0 if unknown."""
+    tags: frozenset[str] = frozenset()
+    is_stale: bool = False
+    """It has expired, and is served all the same, since its source fails."""
+    now: Callable[[], datetime] = field(default=now, repr=False, compare=False)
+    """The clock that its times are of."""
+
+    @property
+    def is_expired(self) -> bool:
+        """Tell whether its time is over."""
+        return self.expires_at is not None and self.now() >= self.expires_at
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded(Generic[T]):
+    """What a loader answers that knows at which position of the log it has read."""
+
+    value: T
+    position: int
+
+
+Loader: TypeAlias = Callable[[], Awaitable[T | Loaded[T]]]
+
+
+class CacheProvider(Protocol[T]):
+    """Keeps values of one type under text keys.
+
+    What comes back equals what went in, and is the caller's own. Times to live are seconds,
+    fractions allowed; None is for ever; zero and less raise `InvalidCacheArgumentError`.
+    """
+
+    async def get(self, key: str) -> T | None:
+        """Return the value, or None if there is none, or if it has expired."""
+        ...
+
+    async def entry(self, key: str) -> CacheEntry[T] | None:
+        """Return the value with what is known of it; this tells a stored None from a miss."""
+        ...
+
+    async def set(
+        self,
+        key: str,
+        value: T,
+        ttl: float | None = None,
+        *,
+        tags: Iterable[str] = (),
+        position: int = 0,
+    ) -> None:
+        """Keep a value in place of what is there."""
+        ...
+
+    async def delete(self, key: str) -> None:
+        """Keep nothing under a key, not even what is being loaded."""
+        ...
+
+    async def invalidate_pattern(self, pattern: str) -> int:
+        """Delete all keys that fit a glob as Redis has it; return how many values there were."""
+        ...
+
+    async def invalidate_tag(self, tag: str) -> int:
+        """Delete all that was kept with a tag; return how many values there were."""
+        ...
+
+    async def clear(self) -> None:
+        """Delete all."""
+        ...
+
+    async def get_or_load(
+        self,
+        key: str,
+        loader: Loader[T],
+        ttl: float | None = None,
+        *,
+        tags: Iterable[str] = (),
+        after: int = 0,
+    ) -> T:
+        """Return the value; load it, once for all who ask, if there is none or too old a one.
+
+        `after` is the position in the log that the value must have been read at, at least. If
+        the loader fails, a value that expired not too long ago is served in its place.
+        """
+        ...
+
+    async def entry_or_load(
+        self,
+        key: str,
+        loader: Loader[T],
+        ttl: float | None = None,
+        *,
+        tags: Iterable[str] = (),
+        after: int = 0,
+    ) -> CacheEntry[T]:
+        """Do as `get_or_load`, and return the value with what is known of it."""
+        ...
