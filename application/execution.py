@@ -29,6 +29,7 @@ from leftfold.application.mapper import EventMapper
 from leftfold.application.memory import Memory
 from leftfold.application.messages import Command
 from leftfold.application.ports import (
+    Access,
     Committed,
     Failed,
     Log,
@@ -72,19 +73,21 @@ class Execution:
         log: Log,
         mapper: EventMapper,
         platform: Platform,
+        access: Access,
         *,
         memory: int,
         committed: Callable[[], None],
     ) -> None:
-        """Carry out commands against a log.
+        """Carry out commands against a log, which `access` asks.
 
         At most `memory` idle aggregates stay in memory; `committed` is called after commits.
         """
         self._log = log
         self._mapper = mapper
         self._platform = platform
+        self._read = access.read
         self._memory = Memory(memory)
-        self._writer = Writer(log, platform, committed)
+        self._writer = Writer(log, platform, access, committed)
         self._running = 0
         self._is_closed = False
         self._idle: asyncio.Future[None] | None = None
@@ -102,7 +105,9 @@ class Execution:
                 return await self._carry_out(parts, await self._known(parts))
             outcome = await self._carry_out((dispatch,), {})
             return Ok(outcome.value[0]) if isinstance(outcome, Ok) else outcome
-        except PersistenceError as error:  # of a read: commits have their verdicts
+        except EventStoreUnavailable as error:  # for a read: commits have their verdicts
+            return Err(error)
+        except PersistenceError as error:
             return Err(EventStoreUnavailable(str(error)))
         finally:
             self._running -= 1
@@ -179,7 +184,7 @@ class Execution:
         """Begin again if an answer rests on an older state, or repeats what was done before."""
         unit.seal()
         ids = [part.command_id for part in parts if part.command_id not in known]
-        is_fresh, found = await self._call(self._compare, unit.based_on, ids)
+        is_fresh, found = await self._read(self._compare, unit.based_on, ids)
         if found or not is_fresh:
             raise _Again({**known, **found})
 
@@ -226,9 +231,9 @@ class Execution:
                 unit.loaded[aggregate_id] = aggregate
                 unit.based_on[aggregate_id] = aggregate.version
         if absent:
-            unit.loaded.update(await self._call(self._read, absent))
+            unit.loaded.update(await self._read(self._load, absent))
 
-    def _read(self, aggregate_ids: Sequence[UUID]) -> dict[UUID, Aggregate | None]:
+    def _load(self, aggregate_ids: Sequence[UUID]) -> dict[UUID, Aggregate | None]:
         streams = self._log.streams(aggregate_ids)
         decode = self._mapper.decode_all
         return {i: project(None, decode(streams.get(i, ()))) for i in aggregate_ids}
@@ -277,13 +282,7 @@ class Execution:
                 return Ok(_complete(parts, values, {i: done[i].position for i in ids}))
 
     async def _known(self, parts: Iterable[Dispatch[Any]]) -> Known:
-        found: Known = await self._call(self._log.commands, [part.command_id for part in parts])
-        return found
-
-    async def _call(self, function: Callable[..., Any], *args: Any) -> Any:
-        if self._log.is_local:
-            return function(*args)
-        return await self._platform.in_thread(function, *args)
+        return await self._read(self._log.commands, [part.command_id for part in parts])
 
 
 _number = attrgetter("int")  # UUIDs compare by it, more slowly

@@ -160,6 +160,18 @@ class Log(Protocol):
         ...
 
 
+class Access(Protocol):
+    """How the store is asked: its calls may block, and fail for a moment."""
+
+    async def read(self, function: Callable[..., T], *args: Any) -> T:
+        """Call what reads. Raises `EventStoreUnavailable` if the store does not answer."""
+        ...
+
+    async def commit(self, groups: Sequence[Group]) -> list[Verdict]:
+        """Write groups; a store that does not answer gives `Failed`."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Order:
     """A column to order by; ties go by the row's key, ascending. `None` comes before any value."""
@@ -260,6 +272,10 @@ class Store(Protocol):
 
     def heard(self) -> bool:
         """Take what became readable; False if there is nothing to listen to any more."""
+        ...
+
+    def cut(self, seconds: float) -> None:
+        """Make the calls fail that the database has not answered for so long."""
         ...
 
     def has_changed(self) -> bool:

@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-from leftfold.application.ports import Committed, Group, Log, Platform, Verdict
+from leftfold.application.ports import Access, Committed, Group, Log, Platform, Verdict
 
 MAX_GROUPED_EVENTS = 1_000
 """Events after which a group is full; a single larger save still goes whole."""
@@ -15,10 +15,13 @@ MAX_GROUPED_EVENTS = 1_000
 class Writer:
     """All saves that wait share one call of the log, in their order; each has its own verdict."""
 
-    def __init__(self, log: Log, platform: Platform, committed: Callable[[], None]) -> None:
+    def __init__(
+        self, log: Log, platform: Platform, access: Access, committed: Callable[[], None]
+    ) -> None:
         """Write to a log; call `committed` after each successful commit."""
         self._log = log
         self._platform = platform
+        self._access = access
         self._committed = committed
         self._waiting: deque[tuple[Group, asyncio.Future[Verdict]]] = deque()
         self._is_draining = False
@@ -46,7 +49,7 @@ class Writer:
             while self._waiting:
                 groups, answers = self._take()
                 try:
-                    verdicts = await self._platform.in_thread(self._log.commit, groups)
+                    verdicts = await self._access.commit(groups)
                 except Exception as error:  # noqa: BLE001 - each waiting dispatch raises it
                     for answer in answers:
                         answer.set_exception(error)

@@ -142,7 +142,7 @@ async def in_sql(kind: str, url: str) -> None:
                 for number in range(begin, begin + 20_000)
             }
             assert views.write(stock, rows, at, at + 1)
-        reader = FollowedViews(runtime._store, runtime._followers, runtime._platform, 5.0)
+        reader = FollowedViews(runtime._store, runtime._followers, runtime._opened.access, 5.0)
         wanted = [chance.randrange(STORED) for _ in range(PAGES)]
         table: Any = views.table(stock)  # type: ignore[attr-defined]  # of a database
         mark = "?" if kind == "sqlite" else "%s"

@@ -14,6 +14,7 @@ from leftfold.infrastructure.errors import (
     ValueOutOfRangeError,
     ViewChangedError,
 )
+from leftfold.infrastructure.health import Health, PartHealth, ProjectionHealth
 from leftfold.infrastructure.resilience import (
     CircuitBreaker,
     CircuitOpenError,
@@ -21,7 +22,7 @@ from leftfold.infrastructure.resilience import (
     Resilience,
     RetryPolicy,
 )
-from leftfold.infrastructure.runtime import Health, ProjectionHealth, Runtime
+from leftfold.infrastructure.runtime import Runtime
 from leftfold.infrastructure.settings import Settings
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "InvalidSettingsError",
     "MissingPackageError",
     "NotRunningError",
+    "PartHealth",
     "ProjectionFailedError",
     "ProjectionHealth",
     "Resilience",

@@ -23,8 +23,9 @@ from leftfold.application import (
 )
 from leftfold.domain import Result
 from leftfold.infrastructure.errors import NotRunningError
+from leftfold.infrastructure.health import Health
 from leftfold.infrastructure.platform import sigterm, start_thread
-from leftfold.infrastructure.runtime import Health, Runtime
+from leftfold.infrastructure.runtime import Runtime
 
 T = TypeVar("T")
 E = TypeVar("E")

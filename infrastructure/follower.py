@@ -9,16 +9,12 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from cachetools import LRUCache
-from eventsourcing.persistence import (
-    DataError,
-    IntegrityError,
-    PersistenceError,
-    ProgrammingError,
-)
+from eventsourcing.persistence import PersistenceError
 
 from leftfold.application import EventMapper, Projection, ViewBehind, ViewStopped
 from leftfold.application.ports import Log, Platform, ViewStore
 from leftfold.domain import DomainError, LeftfoldError
+from leftfold.infrastructure.access import may_pass
 from leftfold.infrastructure.errors import ProjectionFailedError
 
 R = TypeVar("R")
@@ -100,7 +96,7 @@ class Follower(Generic[R]):
                 step = self.fold_page if self.folds else self._look
                 is_behind = await self._platform.in_thread(step)
             except Exception as error:  # noqa: BLE001 - a bug in the projection stops it, and is said
-                if _may_pass(error):
+                if may_pass(error):
                     pause = min(max(2 * pause, 0.05), LONGEST_PAUSE)
                     _log.warning("%s waits %.2f s: %s", self.projection.table, pause, error)
                     await self._platform.sleep(pause)
@@ -217,12 +213,6 @@ class Follower(Generic[R]):
 
 def _picked(rows: dict[str, R | None], keys: set[str]) -> dict[str, R | None]:
     return {key: rows[key] for key in keys if key in rows}
-
-
-def _may_pass(error: Exception) -> bool:
-    """Tell whether the database may do tomorrow what it refused: it was lost, locked, read-only."""
-    is_wrong = isinstance(error, (DataError, IntegrityError, ProgrammingError))
-    return isinstance(error, PersistenceError) and not is_wrong
 
 
 def _described(error: Exception) -> str:

@@ -7,13 +7,10 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
-
-from eventsourcing.persistence import PersistenceError
-from pydantic import TypeAdapter
 
 from leftfold.application import (
     CommandBus,
@@ -34,9 +31,12 @@ from leftfold.application.middleware import conflict_retry, logged, timeout
 from leftfold.application.ports import Store
 from leftfold.application.reading import answer
 from leftfold.domain import Err, Ok, Result
+from leftfold.infrastructure.access import StoreAccess
 from leftfold.infrastructure.errors import ForkedRuntimeError, NotRunningError
 from leftfold.infrastructure.follower import Follower
+from leftfold.infrastructure.health import Health, ProjectionHealth, Watched
 from leftfold.infrastructure.platform import PATIENCE, SystemPlatform, at_work, sigterm
+from leftfold.infrastructure.resilience import CircuitState
 from leftfold.infrastructure.settings import Settings, load_settings
 from leftfold.infrastructure.stores import SharedLog, make_store
 from leftfold.infrastructure.views import FollowedViews, StoredHistories
@@ -45,30 +45,6 @@ if TYPE_CHECKING:
     from leftfold.infrastructure.blocking import BlockingRuntime
 
 _log = logging.getLogger("leftfold.runtime")
-
-
-@dataclass(frozen=True, slots=True)
-class ProjectionHealth:
-    """How far one view is. Positions are the log's."""
-
-    name: str
-    version: int
-    position: int
-    lag: int
-    """Positions behind the log's end, as of the last look."""
-    failure: str | None
-    """Why it stopped, if it did."""
-
-
-@dataclass(frozen=True, slots=True)
-class Health:
-    """How a runtime is."""
-
-    store: str
-    """The store's URL, with no password."""
-    is_healthy: bool
-    """It is open and no projection stopped."""
-    projections: tuple[ProjectionHealth, ...]
 
 
 class Runtime:
@@ -88,12 +64,14 @@ class Runtime:
         *,
         settings: Settings | None = None,
         middleware: Sequence[Middleware] = (),
+        watched: Sequence[Watched] = (),
     ) -> None:
         """Prepare to run a model.
 
         `store` is `memory:`, `sqlite:///path` or `postgresql://…`; without it `settings`, and
         without them the environment (`LEFTFOLD_STORE`) decide. `middleware` goes around both
-        buses, outside of the runtime's own. Raises `InvalidSettingsError`.
+        buses, outside of the runtime's own; `watched` are breakers and caches to tell the health
+        of. Raises `InvalidSettingsError`.
         """
         if settings is None:
             self.settings = load_settings(store=store)
@@ -103,6 +81,7 @@ class Runtime:
             self.settings = settings.model_copy(update={"store": store})
         self.model = model
         self._middleware = tuple(middleware)
+        self._watched = tuple(watched)
         self._store = make_store(self.settings)
         self._owner = os.getpid()
         self._platform: SystemPlatform | None = None  # from the beginning of open to close's end
@@ -155,9 +134,9 @@ class Runtime:
         """
         parts = self._opened
         try:
-            head = await parts.platform.in_thread(self._store.log.head)
-        except PersistenceError as error:
-            return Err(EventStoreUnavailable(str(error)))
+            head = await parts.access.read(self._store.log.head)
+        except EventStoreUnavailable as error:
+            return Err(error)
         return await self._wait(parts.followers.values(), head, timeout)
 
     def health(self) -> Health:
@@ -172,8 +151,12 @@ class Runtime:
             )
             for follower in self._followers.values()
         )
-        is_healthy = all(p.failure is None for p in projections)
-        return Health(self._store.name, is_healthy, projections)
+        breaker = self._opened.access.breaker
+        is_healthy = breaker.state is CircuitState.CLOSED and all(
+            p.failure is None for p in projections
+        )
+        parts = tuple(part.health() for part in (breaker, *self._watched))
+        return Health(self._store.name, is_healthy, projections, parts)
 
     async def __aenter__(self) -> Self:
         """Open the runtime; see `open`."""
@@ -305,6 +288,7 @@ class _Parts:
         self.platform = platform
         self._store = store
         self._poll_interval = settings.poll_interval
+        self._store_timeout = settings.store_timeout
         self.followers: dict[str, Follower[Any]] = {
             projection.table: Follower(
                 projection,
@@ -317,9 +301,17 @@ class _Parts:
             )
             for projection in model.projections
         }
+        self.access = StoreAccess(
+            store.log, platform, name=store.name, patience=settings.lock_timeout
+        )
         around = (*middleware, logged(platform))
         self._execution = Execution(
-            store.log, mapper, platform, memory=settings.memory, committed=self._wake
+            store.log,
+            mapper,
+            platform,
+            self.access,
+            memory=settings.memory,
+            committed=self._wake,
         )
         self.commands = CommandBus(
             (
@@ -335,12 +327,13 @@ class _Parts:
             self.commands.add(*service.handlers())
         self._answering = _Answering(platform)
         self.queries = QueryBus(around, self._answering)
-        views = FollowedViews(store, self.followers, platform, settings.view_timeout)
-        histories = StoredHistories(store, mapper, platform)
+        views = FollowedViews(store, self.followers, self.access, settings.view_timeout)
+        histories = StoredHistories(store, mapper, self.access)
         for query_service in model.queries:
             self.queries.add(*query_service(views, histories).handlers())
         self._following = [platform.spawn(f.run()) for f in self.followers.values()]
         self._watching = platform.spawn(self._watch())
+        self._cutting = platform.spawn(self._cut())
 
     async def drain(self, seconds: float) -> None:
         """Finish commands, then queries, which commands may need; each within some seconds."""
@@ -353,10 +346,17 @@ class _Parts:
             follower.stop()
         self._watching.cancel()
         await _within(PATIENCE, asyncio.wait((*self._following, self._watching)))
+        self._cutting.cancel()
 
     def _wake(self) -> None:
         for follower in self.followers.values():
             follower.wake()
+
+    async def _cut(self) -> None:
+        """Cut off calls that hang, whatever else hangs."""
+        while True:
+            await self.platform.sleep(self._store_timeout / 10)
+            self._store.cut(self._store_timeout)
 
     async def _watch(self) -> None:
         """Wake the followers when another process wrote; a hint only, which may be lost."""
@@ -439,8 +439,3 @@ def _no_hints() -> Iterator[None]:
         yield
     except Exception:  # noqa: BLE001 - whatever the driver raises, hints are not needed
         return
-
-
-def dump_health(health: Health) -> str:
-    """Return a runtime's health as JSON."""
-    return TypeAdapter(Health).dump_json(health, indent=2).decode()

@@ -38,6 +38,8 @@ class Settings(BaseSettings):
     """Seconds between looks at the log when no hint comes."""
     lock_timeout: Annotated[int, Field(ge=1)] = 5
     """Seconds to wait for the database's write lock."""
+    store_timeout: Seconds = 10.0
+    """Seconds after which a call that the database has not answered is cut off, and fails."""
     drain_on_sigterm: bool = True
     """On SIGTERM finish what is under way, then let the signal end the process."""
 

@@ -8,7 +8,7 @@ from uuid import UUID
 
 from leftfold.application import EventMapper, InvalidModelError, Page, Projection, ValidationFailed
 from leftfold.application.planning import Plan, plan
-from leftfold.application.ports import Order, Platform, Seek, Store
+from leftfold.application.ports import Access, Order, Seek, Store
 from leftfold.application.reading import (
     ViewOf,
     current_after,
@@ -42,13 +42,13 @@ class FollowedViews:
         self,
         store: Store,
         followers: Mapping[str, Follower[Any]],
-        platform: Platform,
+        access: Access,
         timeout: float,
     ) -> None:
         """Wait up to `timeout` seconds for a view to see what a query asks for."""
         self._store = store
         self._followers = followers
-        self._platform = platform
+        self._access = access
         self._timeout = timeout
 
     async def get(self, projection: ViewOf[R], key: str) -> R | None:
@@ -125,9 +125,7 @@ class FollowedViews:
         after = current_after.get()
         if after is not None:
             await follower.wait_for(after.position, self._timeout)
-        if self._store.log.is_local:
-            return function(*args)
-        return await self._platform.in_thread(function, *args)
+        return await self._access.read(function, *args)
 
 
 def _check_limit(projection: Projection[Any], limit: int | None) -> None:
@@ -148,18 +146,18 @@ def _planned(projection: Projection[Any], where: Specification[Any]) -> Plan:
 class StoredHistories:
     """Streams of a store."""
 
-    def __init__(self, store: Store, mapper: EventMapper, platform: Platform) -> None:
+    def __init__(self, store: Store, mapper: EventMapper, access: Access) -> None:
         """Read streams and decode them."""
         self._store = store
         self._mapper = mapper
-        self._platform = platform
+        self._access = access
 
     async def events(self, aggregate_id: UUID) -> tuple[Event, ...]:
         def read() -> tuple[Event, ...]:
             streams = self._store.log.streams([aggregate_id])
             return tuple(self._mapper.decode_all(streams.get(aggregate_id, ())))
 
-        return await self._platform.in_thread(read)
+        return await self._access.read(read)
 
     async def history(
         self, aggregate_type: type[Aggregate], aggregate_id: UUID

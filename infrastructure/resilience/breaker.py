@@ -8,7 +8,7 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar, overload
@@ -16,6 +16,7 @@ from typing import Any, ParamSpec, Self, TypeVar, overload
 import circuitbreaker
 
 from leftfold.infrastructure.errors import InfrastructureError
+from leftfold.infrastructure.health import PartHealth
 from leftfold.infrastructure.platform import Lock, monotonic
 from leftfold.infrastructure.resilience.failures import (
     Counted,
@@ -201,6 +202,10 @@ class CircuitBreaker:
         """Seconds until a call may pass: 0 if it may now, None if not before a reset."""
         with self._lock:
             return self._wait()
+
+    def health(self) -> PartHealth:
+        """Tell its state and what it has seen, as a runtime's health does."""
+        return PartHealth(self.name, "breaker", self.state.value, asdict(self.stats))
 
     def isolate(self) -> None:
         """Reject all calls until `reset`."""

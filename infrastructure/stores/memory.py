@@ -234,5 +234,8 @@ class MemoryStore:
     def heard(self) -> bool:
         return True
 
+    def cut(self, seconds: float) -> None:
+        """Cut nothing: nothing blocks."""
+
     def has_changed(self) -> bool:
         return False

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from threading import Lock  # noqa: TID251 - no thread is started: callers are threads
 from typing import Any, TypeVar
@@ -45,6 +47,7 @@ from leftfold.infrastructure.errors import (
     StoreUnavailableError,
     ViewChangedError,
 )
+from leftfold.infrastructure.platform import monotonic
 from leftfold.infrastructure.settings import masked
 from leftfold.infrastructure.stores.common import (
     MAX_VERSION,
@@ -62,6 +65,10 @@ Cursor = psycopg.Cursor[TupleRow]
 
 CHANNEL = "stored_events"
 DDL_LOCK = 0x1EF7F01D  # one number for all processes: whoever holds it changes tables
+CONNECT_TIMEOUT = 1.0
+"""Seconds to wait for a connection; one that takes longer is there for the next attempt."""
+KEEPALIVE = {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3}
+"""Seconds, and probes: a peer that is gone is noticed, also where nothing is under way."""
 MAX_INSERTED = 1_000  # events in one INSERT
 # The lock makes the order of commits the order of positions.
 LOCK = "LOCK TABLE stored_events IN EXCLUSIVE MODE; NOTIFY stored_events"
@@ -107,9 +114,10 @@ class PostgresDatabase(PostgresDatastore):
             pool_size=1,
             max_overflow=7,
             lock_timeout=lock_timeout,
-            connect_timeout=lock_timeout,
+            connect_timeout=CONNECT_TIMEOUT,
         )
-        self.pool.kwargs = {**parts, "row_factory": dict_row}
+        self.pool.kwargs = {**KEEPALIVE, **parts, "row_factory": dict_row}
+        self._lent: dict[psycopg.Connection[Any], float] = {}
 
     def after_connect_func(self) -> Callable[[psycopg.Connection[Any]], None]:
         prepare, session = super().after_connect_func(), _session(self.lock_timeout)
@@ -124,12 +132,36 @@ class PostgresDatabase(PostgresDatastore):
     def get_connection(self) -> Iterator[psycopg.Connection[DictRow]]:
         """Lend a connection; what is wrong with it is said without values of rows."""
         try:
-            with super().get_connection() as connection:
+            with super().get_connection() as connection, self.lent(connection):
                 yield connection
         except PersistenceError as error:
             if isinstance(error.__cause__, psycopg.Error):
                 raise type(error)(_without_values(error.__cause__)) from error.__cause__
             raise
+
+    @contextlib.contextmanager
+    def lent(self, connection: psycopg.Connection[Any]) -> Iterator[None]:
+        """Note since when a connection is used: one that hangs is cut."""
+        self._lent[connection] = monotonic()
+        try:
+            yield
+        finally:
+            del self._lent[connection]
+
+    def cut(self, seconds: float) -> None:
+        """End the connections whose server has not answered for so long.
+
+        A server that is stopped, or a network that swallows, says nothing; whoever waits for
+        it gets an error at once when the socket is shut down, which any thread may do.
+        """
+        latest = monotonic() - seconds
+        for connection, since in list(self._lent.items()):
+            if since < latest:
+                with (
+                    contextlib.suppress(psycopg.Error, OSError),
+                    socket.socket(fileno=os.dup(connection.fileno())) as end,
+                ):
+                    end.shutdown(socket.SHUT_RDWR)
 
     @contextlib.contextmanager
     def reading(self, *, binary: bool = False) -> Iterator[Cursor]:
@@ -460,7 +492,7 @@ class PostgresStore:
 
     def _connect(self, *, autocommit: bool = False) -> psycopg.Connection[TupleRow]:
         return psycopg.connect(
-            self._url,
+            **{**KEEPALIVE, **self._parts},
             autocommit=autocommit,
             connect_timeout=self._lock_timeout,
             row_factory=tuple_row,
@@ -515,8 +547,10 @@ class PostgresStore:
         """Begin to listen for commits; return a descriptor that becomes readable at each."""
         if self._listener is None:
             listener = self._connect(autocommit=True)
+            database = self._database
             try:
-                listener.execute(f"LISTEN {CHANNEL}")
+                with contextlib.nullcontext() if database is None else database.lent(listener):
+                    listener.execute(f"LISTEN {CHANNEL}")
                 with self._listening:
                     # While it connected, the store may have been closed.
                     if self._database is not None and self._listener is None:
@@ -539,6 +573,12 @@ class PostgresStore:
             self._listener = None
             return False
         return True
+
+    def cut(self, seconds: float) -> None:
+        """End the calls that the server has not answered for so long."""
+        database = self._database
+        if database is not None:
+            database.cut(seconds)
 
     def has_changed(self) -> bool:
         """Tell nothing: the listener does."""

@@ -13,6 +13,7 @@ from leftfold.application.execution import Execution
 from leftfold.application.items import InvoiceLine, Items, RecordInvoice, RegisterItem, SellStock
 from leftfold.application.ports import Failed, Group, Verdict
 from leftfold.domain.items import Item
+from leftfold.infrastructure.access import StoreAccess
 from leftfold.infrastructure.platform import SystemPlatform
 from leftfold.infrastructure.stores import SharedLog
 from leftfold.infrastructure.stores.memory import MemoryLog
@@ -48,7 +49,12 @@ class Shop:
         self.service = Items(store=SharedLog(log))
         self.repository = self.service.repository
         self.execution = Execution(
-            log, self.mapper, self.platform, memory=100, committed=self._committed
+            log,
+            self.mapper,
+            self.platform,
+            StoreAccess(log, self.platform),
+            memory=100,
+            committed=self._committed,
         )
         self.bus = CommandBus(middleware, self.execution)
         self.bus.add(*self.service.handlers())

@@ -8,8 +8,8 @@ import pytest
 
 from leftfold.application.items import Items, item_model
 from leftfold.infrastructure import InvalidSettingsError, Runtime, Settings, StoreUnavailableError
+from leftfold.infrastructure.health import dump_health
 from leftfold.infrastructure.items import open_items
-from leftfold.infrastructure.runtime import dump_health
 from leftfold.infrastructure.settings import load_settings, masked
 
 SECRET = "s3cret"

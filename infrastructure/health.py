@@ -1,0 +1,59 @@
+"""How a runtime and its parts are, without asking anybody."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from pydantic import TypeAdapter
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectionHealth:
+    """How far one view is. Positions are the log's."""
+
+    name: str
+    version: int
+    position: int
+    lag: int
+    """Positions behind the log's end, as of the last look."""
+    failure: str | None
+    """Why it stopped, if it did."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartHealth:
+    """How a breaker or a cache is."""
+
+    name: str
+    kind: str
+    state: str
+    counters: Mapping[str, int]
+    """What it has counted since it was made, by name."""
+
+
+class Watched(Protocol):
+    """What a runtime tells the health of: a breaker, a cache."""
+
+    def health(self) -> PartHealth:
+        """Tell how it is, without asking anybody."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """How a runtime is."""
+
+    store: str
+    """The store's URL, with no password."""
+    is_healthy: bool
+    """It is open, its store answers, and no projection stopped."""
+    projections: tuple[ProjectionHealth, ...]
+    parts: tuple[PartHealth, ...]
+    """The breaker of its store, then what it was given to watch."""
+
+
+def dump_health(health: Health) -> str:
+    """Return a runtime's health as JSON."""
+    return TypeAdapter(Health).dump_json(health, indent=2).decode()
