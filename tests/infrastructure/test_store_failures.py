@@ -154,7 +154,7 @@ async def test_a_killed_server_is_answered_for_in_time_and_comes_back(server, lo
         async with load:
             signal_all(server, signal.SIGKILL)
             begun = monotonic()
-            while shop.health().is_healthy:  # noqa: ASYNC110 - nobody tells
+            while shop.health().is_healthy:
                 assert monotonic() - begun < 6
                 await asyncio.sleep(0.05)
             assert load.answers["EventStoreUnavailable"]

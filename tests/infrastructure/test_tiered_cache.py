@@ -1,0 +1,274 @@
+"""Memory before Redis: what other processes change, and what an outage leaves behind."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections import Counter
+from contextlib import AsyncExitStack, asynccontextmanager
+from statistics import median
+from time import monotonic
+
+import pytest
+from proxy import Proxy
+from redis import Redis
+
+from leftfold.infrastructure.caches import InMemoryCache, RedisCache, TieredCache, tiered
+
+pytestmark = pytest.mark.anyio
+
+
+@asynccontextmanager
+async def opened(*urls):
+    """Open a cache for each address, as processes would."""
+    async with AsyncExitStack() as stack:
+        yield [
+            await stack.enter_async_context(
+                TieredCache(InMemoryCache(int), RedisCache(int, url, prefix="t"))
+            )
+            for url in urls
+        ]
+
+
+async def until(condition, seconds=10.0):
+    begun = monotonic()
+    while not condition():
+        assert monotonic() - begun < seconds
+        await asyncio.sleep(0.005)
+    return monotonic() - begun
+
+
+def source(value):
+    async def load():
+        await asyncio.sleep(0)
+        return value
+
+    return load
+
+
+@pytest.fixture
+def proxy(own_valkey):
+    proxy = Proxy(own_valkey.address)
+    proxy.url = own_valkey.url.replace(str(own_valkey.port), str(proxy.port))
+    yield proxy
+    proxy.close()
+
+
+async def test_what_one_process_keeps_another_finds(own_valkey):
+    async with opened(*[own_valkey.url] * 2) as (one, other):
+        await one.set("a", 1, tags=["t"])
+        assert await other.get("a") == 1
+        assert (await other.entry("a")).tags == {"t"}
+        client = Redis.from_url(own_valkey.url)
+        client.delete("t:v:a")
+        assert await other.get("a") == 1  # from its memory
+        client.close()
+
+
+WAYS = {
+    "key": lambda cache: cache.delete("a"),
+    "set": lambda cache: cache.set("a", 2),
+    "pattern": lambda cache: cache.invalidate_pattern("a*"),
+    "tag": lambda cache: cache.invalidate_tag("t"),
+    "all": lambda cache: cache.clear(),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_what_one_process_changes_leaves_the_memory_of_another_within_50_ms(own_valkey, way):
+    async with opened(*[own_valkey.url] * 2) as (one, other):
+        took = []
+        for _ in range(15):
+            await one.set("a", 1, tags=["t"])
+            await until(lambda: other._look("a") is None)
+            assert await other.get("a") == 1
+            await WAYS[way](one)
+            took.append(await until(lambda: other._look("a") is None))
+            assert await other.get("a") == (2 if way == "set" else None)
+        assert median(took) < 0.05, took
+
+
+async def test_a_value_on_its_way_is_not_kept_if_it_is_changed_meanwhile(own_valkey, proxy):
+    async with opened(own_valkey.url, proxy.url) as (one, other):
+        await one.set("a", 1)
+        proxy.delay = 0.1  # what travels to the other is slow: the value and the message
+        reading = asyncio.ensure_future(other.get("a"))
+        await asyncio.sleep(0.15)  # it was read, and is on its way back
+        await one.set("a", 2)
+        assert await reading in {1, 2}
+        await asyncio.sleep(0.3)
+        assert await other.get("a") == 2
+
+
+async def test_a_message_that_is_none_empties_the_memory(own_valkey):
+    async with opened(own_valkey.url) as (cache,):
+        await cache.set("a", 1)
+        client = Redis.from_url(own_valkey.url)
+        client.publish("t:changed", "nonsense")
+        await until(lambda: cache._look("a") is None)
+        client.close()
+        assert await cache.get("a") == 1
+        assert cache.is_connected
+
+
+async def test_without_redis_it_works_with_memory_alone():
+    async with opened("redis://127.0.0.1:1") as (cache,):
+        assert not cache.is_connected
+        await cache.set("a", 1, tags=["t"])
+        assert await cache.get("a") == 1
+        assert await cache.get_or_load("b", source(2)) == 2
+        assert await cache.invalidate_pattern("b") == 1
+        assert await cache.invalidate_tag("t") == 1
+        await cache.delete("a")
+        await cache.clear()
+        assert await cache.get("a") is None
+        assert cache.health().state == "memory only"
+
+
+@pytest.mark.parametrize("way", ["key", "set", "pattern", "tag", "all"])
+async def test_what_is_changed_during_an_outage_is_not_read_from_redis_after_it(
+    own_valkey, proxy, way
+):
+    async with opened(own_valkey.url, proxy.url) as (one, cut_off):
+        await one.set("a", 1, tags=["t"])
+        assert await cut_off.get("a") == 1
+        proxy.close()
+        await until(lambda: not cut_off.is_connected)
+        await WAYS[way](cut_off)
+        again = Proxy(own_valkey.address, proxy.port)
+        await until(lambda: cut_off.is_connected)
+        assert await cut_off.get("a") is None
+        await until(lambda: one._look("a") is None, 1)
+        assert await one.get("a") is None
+        again.close()
+
+
+async def test_memory_is_dropped_whole_after_a_lost_connection(own_valkey, proxy):
+    async with opened(own_valkey.url, proxy.url) as (one, other):
+        await one.set("a", 1)
+        assert await other.get("a") == 1
+        proxy.close()
+        await one.set("a", 2)  # of which the other does not hear
+        await until(lambda: not other.is_connected)
+        assert await other.get("a") is None
+        again = Proxy(own_valkey.address, proxy.port)
+        await until(lambda: other.is_connected)
+        assert await other.get("a") == 2
+        again.close()
+
+
+async def test_more_changes_than_are_remembered_clear_all(own_valkey, proxy, monkeypatch):
+    monkeypatch.setattr(tiered, "JOURNAL", 10)
+    async with opened(own_valkey.url, proxy.url) as (one, other):
+        await one.set("far", 1)
+        proxy.close()
+        await until(lambda: not other.is_connected)
+        for number in range(50):
+            await other.delete(str(number))
+        assert len(other._journal) == 1
+        again = Proxy(own_valkey.address, proxy.port)
+        await until(lambda: other.is_connected)
+        assert await one.get("far") is None
+        again.close()
+
+
+class Shop:
+    """A number that changes, and callers who read it through caches, at any time rightly."""
+
+    def __init__(self, one, other):
+        self.one, self.other = one, other
+        self.number = 0
+        self.answers = Counter()
+        self.slowest = 0.0
+        self._is_over = False
+
+    async def __aenter__(self):
+        self._tasks = [
+            asyncio.ensure_future(work)
+            for work in (self._changes(), *map(self._reads, ["one", "other"]))
+        ]
+        await asyncio.sleep(0.2)
+        return self
+
+    async def __aexit__(self, *_):
+        await until(lambda: self.one.is_connected and self.other.is_connected)
+        self._is_over = True
+        await asyncio.gather(*self._tasks)
+        await asyncio.sleep(0.2)
+        for cache in (self.one, self.other):
+            assert await cache.get_or_load("a", self._load, 60) == self.number
+        print(dict(self.answers), f"slowest {self.slowest:.2f} s")  # noqa: T201 - asked for
+
+    async def _load(self):
+        number = self.number
+        await asyncio.sleep(0.001)
+        return number
+
+    async def _changes(self):
+        """Change the number, tell the cache, and read what was written."""
+        while not self._is_over:
+            self.number += 1
+            await self._timed(self.one.delete("a"))
+            assert await self._timed(self.one.get_or_load("a", self._load, 60)) == self.number
+            self.answers["changed"] += 1
+            await asyncio.sleep(0.005)
+
+    async def _reads(self, name):
+        """Read: in the process of the writer never less than was told the cache before."""
+        cache = getattr(self, name)
+        while not self._is_over:
+            told = self.answers["changed"]
+            number = await self._timed(cache.get_or_load("a", self._load, 60))
+            assert number >= told or name == "other"
+            self.answers[f"{name} connected" if cache.is_connected else f"{name} alone"] += 1
+            await asyncio.sleep(0.002)
+
+    async def _timed(self, work):
+        begun = monotonic()
+        try:
+            return await work
+        finally:
+            self.slowest = max(self.slowest, monotonic() - begun)
+
+
+async def outage(shop):
+    await until(lambda: not shop.one.is_connected and not shop.other.is_connected)
+    before = shop.answers["changed"]
+    await until(lambda: shop.answers["changed"] > before + 20)
+
+
+async def test_a_killed_server_and_its_return_under_load(own_valkey):
+    async with opened(*[own_valkey.url] * 2) as caches, Shop(*caches) as shop:
+        for _ in range(2):
+            own_valkey.kill()
+            await outage(shop)
+            await asyncio.to_thread(own_valkey.start)
+            await until(lambda: shop.one.is_connected and shop.other.is_connected)
+    assert shop.slowest < 2
+
+
+async def test_a_paused_server_under_load(own_valkey):
+    async with opened(*[own_valkey.url] * 2) as caches, Shop(*caches) as shop:
+        for _ in range(2):
+            own_valkey.signal(signal.SIGSTOP)
+            await outage(shop)
+            own_valkey.signal(signal.SIGCONT)
+            await until(lambda: shop.one.is_connected and shop.other.is_connected)
+    assert shop.slowest < 3
+
+
+async def test_a_network_that_cuts_half_closes_swallows_and_delays_under_load(own_valkey, proxy):
+    async with opened(*[proxy.url] * 2) as caches, Shop(*caches) as shop:
+        for harm in (proxy.cut, proxy.half_close, proxy.cut):
+            harm()
+            await until(lambda: shop.one.is_connected and shop.other.is_connected)
+            await asyncio.sleep(0.1)
+        proxy.swallows = True
+        await outage(shop)
+        proxy.swallows = False
+        proxy.cut()
+        await until(lambda: shop.one.is_connected and shop.other.is_connected)
+        proxy.delay = 0.01
+        await asyncio.sleep(0.3)
+        proxy.delay = 0
+    assert shop.slowest < 3
