@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -14,47 +15,77 @@ from leftfold.infrastructure.platform import Lock, epoch_seconds, random_number
 
 T = TypeVar("T")
 
+READS = 1_000
+"""Reads between two writes that count for what was used last: the latest."""
+
+
+class _Bounded(TLRUCache[str, float]):
+    """When the keys that are kept leave; `values` loses those that have no place or time left."""
+
+    def __init__(self, size: int, times: Times, values: dict[str, Any]) -> None:
+        super().__init__(size, ttu=lambda _, leaves, __: leaves, timer=times.clock)
+        self._of = values
+
+    def expire(self, time: float | None = None) -> list[tuple[str, float]]:
+        gone = super().expire(time)
+        for key, _ in gone:
+            self._of.pop(key, None)
+        return gone
+
+    def popitem(self) -> tuple[str, float]:
+        item = super().popitem()
+        self._of.pop(item[0], None)
+        return item
+
 
 class MemoryTier(Generic[T]):
-    """Values in this process: the `size` that were used last. Safe for threads."""
+    """Values in this process: the `size` that were used last. Safe for threads.
+
+    A read takes no lock: it looks into a dictionary, and notes the key; who writes next tells
+    the cache that decides which values stay.
+    """
 
     def __init__(self, size: int, times: Times) -> None:
         """Keep at most `size` values. Raises `InvalidCacheArgumentError`."""
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise InvalidCacheArgumentError("size", f"{size!r} is no whole number from 1 up")
-        stale_for = times.stale_for
         self._times = times
-        self._kept: TLRUCache[str, Kept[T]] = TLRUCache(
-            size, ttu=lambda _, kept, __: kept.expires + stale_for, timer=times.clock
-        )
+        self._values: dict[str, Kept[T]] = {}
+        self._keys = _Bounded(size, times, self._values)
+        self._read: deque[str] = deque(maxlen=READS)
+        self._note = self._read.append
         self._lock = Lock()
 
     def look(self, key: str) -> Kept[T] | None:
         """Return what is kept, also if it has expired."""
-        with self._lock:
-            return self._kept.get(key)
+        kept = self._values.get(key)
+        if kept is not None:
+            self._note(key)
+        return kept
 
     def keep(self, key: str, kept: Kept[T]) -> None:
         """Keep a value."""
         with self._lock:
-            self._kept[key] = kept
+            while self._read:
+                self._keys.get(self._read.popleft())
+            self._keys[key] = kept.expires + self._times.stale_for
+            if key in self._keys:
+                self._values[key] = kept
+            else:  # its time is over already
+                self._values.pop(key, None)
 
     def remove(self, change: Change) -> int:
         """Keep it no longer; return how many values there were that had not expired."""
+        concerns, count = change.concerns(), 0
         with self._lock:
-            if change.kind == "key":
-                kept = self._kept.pop(change.what, None)
-                return int(kept is not None and self._times.is_fresh(kept))
-            if change.kind == "all":
-                count = len(self._kept)
-                self._kept.clear()
-                return count
-            concerns, count = change.concerns(), 0
-            for key, kept in list(self._kept.items()):
-                if concerns(key, kept.tags):
-                    del self._kept[key]
+            some = [change.what] if change.kind == "key" else list(self._values)
+            for key in some:
+                kept = self._values.get(key)
+                if kept is not None and concerns(key, kept.tags):
+                    self._keys.pop(key, None)
+                    self._values.pop(key, None)
                     count += self._times.is_fresh(kept)
-            return count
+        return count
 
 
 class InMemoryCache(LoadingCache[T]):

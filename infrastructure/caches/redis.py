@@ -65,6 +65,14 @@ end
 redis.call('PUBLISH', channel, message)
 return 1
 """
+REMOVE_SCANNED = """
+local cursor, keys = unpack(redis.call('SCAN', ARGV[1], 'MATCH', ARGV[2], 'COUNT', ARGV[3]))
+local count, most = 0, tonumber(ARGV[4])
+for i = 1, #keys, most do
+    count = count + redis.call('UNLINK', unpack(keys, i, math.min(i + most - 1, #keys)))
+end
+return {cursor, count}
+"""
 REMOVE_TAGGED = """
 local popped = redis.call('ZPOPMIN', KEYS[1], ARGV[1])
 local count = 0
@@ -170,6 +178,7 @@ class RedisTier(Generic[T]):
             breaker=CircuitBreaker(FAILURES, RECOVERY, name=self.name, failures=_is_failure),
         )
         self._put = self.client.register_script(PUT)
+        self._remove_scanned = self.client.register_script(REMOVE_SCANNED)
         self._remove_tagged = self.client.register_script(REMOVE_TAGGED)
 
     async def fetch(self, key: str) -> Kept[T] | None:
@@ -254,17 +263,12 @@ class RedisTier(Generic[T]):
 
     async def _remove_matching(self, kind: bytes, pattern: bytes) -> int:
         wanted = literal(self._prefix) + b":" + kind + b":" + pattern
-        count, cursor = 0, 0
-        found: list[bytes] = []
+        count, cursor = 0, b"0"
         while True:
-            scan = partial(self.client.scan, cursor, match=wanted, count=SCANNED)
-            cursor, keys = await self._ask(scan)
-            found += keys
-            while len(found) >= UNLINKED or (found and cursor == 0):
-                chunk, found = found[:UNLINKED], found[UNLINKED:]
-                # A key that the scan tells twice is there once to be removed.
-                count += int(await self._ask(partial(self.client.unlink, *chunk)))
-            if cursor == 0:
+            step = partial(self._remove_scanned, args=[cursor, wanted, SCANNED, UNLINKED])
+            cursor, removed = await self._ask(step)
+            count += int(removed)
+            if cursor == b"0":
                 return count
 
     async def _remove_all_tagged(self, tag: str) -> int:
