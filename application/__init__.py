@@ -1,6 +1,14 @@
 """The application layer: commands, queries, services, projections, and the ports they need."""
 
 from leftfold.application.bus import CommandBus, Dispatch, Middleware, QueryBus, Step
+from leftfold.application.caching import (
+    CacheEntry,
+    CacheProvider,
+    InvalidCacheArgumentError,
+    Loaded,
+    NotKept,
+    cached,
+)
 from leftfold.application.errors import (
     AlreadyHandledError,
     CommandIdReused,
@@ -32,6 +40,8 @@ from leftfold.application.service import Repository, Service
 
 __all__ = [
     "AlreadyHandledError",
+    "CacheEntry",
+    "CacheProvider",
     "Command",
     "CommandBus",
     "CommandHandler",
@@ -45,11 +55,14 @@ __all__ = [
     "Handling",
     "Histories",
     "InvalidAnswerError",
+    "InvalidCacheArgumentError",
     "InvalidModelError",
+    "Loaded",
     "Middleware",
     "Model",
     "NestedDispatchError",
     "NoHandlerError",
+    "NotKept",
     "OutcomeUnknown",
     "Page",
     "Plan",
@@ -70,5 +83,6 @@ __all__ = [
     "ViewBehind",
     "ViewStopped",
     "Views",
+    "cached",
     "plan",
 ]

@@ -1,16 +1,21 @@
-"""Caches: what is kept for a while, and what must be known of it to serve it rightly."""
+"""Caches: what is kept for a while, what must be known of it, and answers of queries in them."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Generic, Protocol, TypeAlias, TypeVar
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
-from leftfold.domain import LeftfoldError
+from leftfold.application.bus import Dispatch, Middleware, Outcome, Step
+from leftfold.application.errors import EventStoreUnavailable
+from leftfold.application.messages import Query
+from leftfold.application.reading import ReadAt, current_read
+from leftfold.domain import Err, LeftfoldError, Ok
 from leftfold.domain.clock import now
 
 T = TypeVar("T")
+Q = TypeVar("Q", bound=Query[Any, Any])
 
 
 class InvalidCacheArgumentError(LeftfoldError, message="{name} of a cache: {reason}"):
@@ -131,3 +136,71 @@ class CacheProvider(Protocol[T]):
     ) -> CacheEntry[T]:
         """Do as `get_or_load`, and return the value with what is known of it."""
         ...
+
+
+def cached(
+    query_type: type[Q],
+    cache: CacheProvider[Any],
+    ttl: float | None,
+    *,
+    key: Callable[[Q], str] | None = None,
+    tags: Callable[[Q], Iterable[str]] | None = None,
+) -> Middleware:
+    """Answer queries of a type from a cache, which is one of what they answer.
+
+    An answer is kept for `ttl` seconds under its `key` (by default the query's name and fields),
+    with `tags`; refusals are not kept. It is kept with the position in the log that it was read
+    at, so that `after=receipt` holds: an older one is not served. While the event store cannot be
+    reached the cache may answer with one that has expired.
+    """
+
+    async def around(dispatch: Dispatch[Any], call_next: Step) -> Outcome:
+        query = dispatch.message
+        if type(query) is not query_type:
+            return await call_next(dispatch)
+
+        async def load() -> Loaded[Any]:
+            read_at = ReadAt()
+            token = current_read.set(read_at)
+            try:
+                outcome = await call_next(dispatch)
+            finally:
+                current_read.reset(token)
+            if isinstance(outcome, Err):
+                failed = isinstance(outcome.error, EventStoreUnavailable)
+                raise (_Failed if failed else _Refused)(outcome)
+            return Loaded(outcome.value, read_at.position)
+
+        try:
+            value = await cache.get_or_load(
+                _default_key(query) if key is None else key(query),
+                load,
+                ttl,
+                tags=() if tags is None else tags(query),
+                after=dispatch.after.position if dispatch.after is not None else 0,
+            )
+        except (_Failed, _Refused) as error:
+            return error.outcome
+        return Ok(value)
+
+    return around
+
+
+def _default_key(query: Query[Any, Any]) -> str:
+    return f"{type(query).__name__}:{query.model_dump_json()}"
+
+
+class _Refused(NotKept):
+    """A refusal: the answer, which is not to be kept."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__()
+        self.outcome = outcome
+
+
+class _Failed(Exception):
+    """There was no answer: an older one may stand in."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__()
+        self.outcome = outcome

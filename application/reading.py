@@ -108,6 +108,25 @@ class QueryService:
 current_after: ContextVar[Receipt | None] = ContextVar("leftfold_after", default=None)
 
 
+class ReadAt:
+    """Up to which position of the log an answer has seen everything, at least."""
+
+    def __init__(self) -> None:
+        self._positions: list[int] = []
+
+    def note(self, position: int) -> None:
+        """Note that something was read at a position or later."""
+        self._positions.append(position)
+
+    @property
+    def position(self) -> int:
+        """The lowest of all that was read; 0 if nothing was."""
+        return min(self._positions, default=0)
+
+
+current_read: ContextVar[ReadAt | None] = ContextVar("leftfold_read", default=None)
+
+
 async def answer(dispatch: Dispatch[Any]) -> Outcome:
     """Answer a query: the innermost step of the query bus."""
     token = current_after.set(dispatch.after)

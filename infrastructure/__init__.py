@@ -1,7 +1,13 @@
 """The infrastructure layer: stores, runtime, CLI, test support. The only place that wires."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from leftfold.infrastructure.blocking import BlockingRuntime
+from leftfold.infrastructure.caches import InMemoryCache
 from leftfold.infrastructure.errors import (
+    CacheUnavailableError,
     ForkedRuntimeError,
     InfrastructureError,
     InvalidSettingsError,
@@ -25,13 +31,18 @@ from leftfold.infrastructure.resilience import (
 from leftfold.infrastructure.runtime import Runtime
 from leftfold.infrastructure.settings import Settings
 
+if TYPE_CHECKING:
+    from leftfold.infrastructure.caches import RedisCache, TieredCache
+
 __all__ = [
     "BlockingRuntime",
+    "CacheUnavailableError",
     "CircuitBreaker",
     "CircuitOpenError",
     "CircuitState",
     "ForkedRuntimeError",
     "Health",
+    "InMemoryCache",
     "InfrastructureError",
     "InvalidSettingsError",
     "MissingPackageError",
@@ -39,6 +50,7 @@ __all__ = [
     "PartHealth",
     "ProjectionFailedError",
     "ProjectionHealth",
+    "RedisCache",
     "Resilience",
     "RetryPolicy",
     "Runtime",
@@ -46,6 +58,15 @@ __all__ = [
     "SchemaVersionError",
     "Settings",
     "StoreUnavailableError",
+    "TieredCache",
     "ValueOutOfRangeError",
     "ViewChangedError",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in {"RedisCache", "TieredCache"}:  # they need an extra
+        from leftfold.infrastructure import caches
+
+        return getattr(caches, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

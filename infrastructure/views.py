@@ -12,6 +12,7 @@ from leftfold.application.ports import Access, Order, Seek, Store
 from leftfold.application.reading import (
     ViewOf,
     current_after,
+    current_read,
     parse_order,
     read_cursor,
     write_cursor,
@@ -125,6 +126,9 @@ class FollowedViews:
         after = current_after.get()
         if after is not None:
             await follower.wait_for(after.position, self._timeout)
+        read_at = current_read.get()
+        if read_at is not None:
+            read_at.note(follower.position)
         return await self._access.read(function, *args)
 
 
@@ -157,6 +161,9 @@ class StoredHistories:
             streams = self._store.log.streams([aggregate_id])
             return tuple(self._mapper.decode_all(streams.get(aggregate_id, ())))
 
+        read_at = current_read.get()
+        if read_at is not None:
+            read_at.note(await self._access.read(self._store.log.head))
         return await self._access.read(read)
 
     async def history(
