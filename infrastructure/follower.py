@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from cachetools import LRUCache
 from eventsourcing.persistence import PersistenceError
@@ -49,8 +50,9 @@ class Follower(Generic[R]):
         platform: Platform,
         page_size: int,
         poll_interval: float = 0.1,
+        paged: Callable[[Projection[Any], int, float], object] = lambda *_: None,
     ) -> None:
-        """Fold at most `page_size` events in one transaction.
+        """Fold at most `page_size` events in one transaction, and tell `paged` how many, how long.
 
         Where another process folds, look every `poll_interval` seconds while it is behind.
         """
@@ -69,6 +71,7 @@ class Follower(Generic[R]):
         self._platform = platform
         self._page_size = page_size
         self._poll_interval = poll_interval
+        self._paged = paged
         topics = [event_type.TOPIC for event_type in projection.event_types]
         reads_all = set(topics) >= set(mapper.event_topics())
         self._topics = () if reads_all else tuple(topics)
@@ -141,7 +144,7 @@ class Follower(Generic[R]):
 
     def fold_page(self) -> bool:
         """Fold the next events into the view; tell whether there may be more to do."""
-        projection, views = self.projection, self._views
+        projection, views, began = self.projection, self._views, self._platform.monotonic()
         begun = views.checkpoint(projection)
         if begun != self._rows_at:
             self._rows.clear()
@@ -168,6 +171,7 @@ class Follower(Generic[R]):
                 self._rows_at = -1
                 return True
             self._rows_at = end
+            self._paged(projection, len(logged), self._platform.monotonic() - began)
             for key, row in changed.items():
                 if row is None:
                     self._rows.pop(key, None)

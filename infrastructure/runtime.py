@@ -43,6 +43,7 @@ from leftfold.infrastructure.views import FollowedViews, StoredHistories
 
 if TYPE_CHECKING:
     from leftfold.infrastructure.blocking import BlockingRuntime
+    from leftfold.infrastructure.telemetry import Telemetry
 
 _log = logging.getLogger("leftfold.runtime")
 
@@ -65,13 +66,14 @@ class Runtime:
         settings: Settings | None = None,
         middleware: Sequence[Middleware] = (),
         watched: Sequence[Watched] = (),
+        telemetry: Telemetry | None = None,
     ) -> None:
         """Prepare to run a model.
 
         `store` is `memory:`, `sqlite:///path` or `postgresql://…`; without it `settings`, and
         without them the environment (`LEFTFOLD_STORE`) decide. `middleware` goes around both
         buses, outside of the runtime's own; `watched` are breakers and caches to tell the health
-        of. Raises `InvalidSettingsError`.
+        of; `telemetry` is told of commands, queries and pages. Raises `InvalidSettingsError`.
         """
         if settings is None:
             self.settings = load_settings(store=store)
@@ -82,6 +84,7 @@ class Runtime:
         self.model = model
         self._middleware = tuple(middleware)
         self._watched = tuple(watched)
+        self._telemetry = telemetry
         self._store = make_store(self.settings)
         self._owner = os.getpid()
         self._platform: SystemPlatform | None = None  # from the beginning of open to close's end
@@ -172,6 +175,7 @@ class Runtime:
             raise InvalidModelError("this runtime is open already")
         self._owner = os.getpid()
         self._platform = platform = SystemPlatform()
+        telemetry = self._telemetry
         async with AsyncExitStack() as undo:
             undo.callback(self._forget)
             undo.push_async_callback(platform.close_then, self._store.close)
@@ -183,8 +187,12 @@ class Runtime:
                 platform,
                 self._make_mapper(),
                 (self._guard, *self._middleware),
+                telemetry,
             )
             undo.pop_all()
+        if telemetry is not None:
+            parts = self.health().parts
+            telemetry.watch(self.health, {part.kind: part.counters for part in parts})
         if self.settings.follow:
             self.follow()
         if self.settings.drain_on_sigterm:
@@ -284,6 +292,7 @@ class _Parts:
         platform: SystemPlatform,
         mapper: EventMapper,
         middleware: Sequence[Middleware],
+        telemetry: Telemetry | None,
     ) -> None:
         self.platform = platform
         self._store = store
@@ -298,6 +307,7 @@ class _Parts:
                 platform,
                 settings.page_size,
                 settings.poll_interval,
+                *(() if telemetry is None else (telemetry.page,)),
             )
             for projection in model.projections
         }
@@ -305,6 +315,8 @@ class _Parts:
             store.log, platform, name=store.name, patience=settings.lock_timeout
         )
         around = (*middleware, logged(platform))
+        if telemetry is not None:
+            around = (telemetry.around, *around)
         self._execution = Execution(
             store.log,
             mapper,
