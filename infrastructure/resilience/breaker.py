@@ -231,9 +231,13 @@ class CircuitBreaker:
 
     # Calls
 
+    @overload
     async def call(
-        self, func: Callable[P, Awaitable[T] | T], *args: P.args, **kwargs: P.kwargs
-    ) -> T:
+        self, func: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs
+    ) -> T: ...
+    @overload
+    async def call(self, func: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T: ...
+    async def call(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a function, and await what it answers if that is awaitable.
 
         Raises what it raises, and `CircuitOpenError` if it is not called and there is no fallback.
@@ -245,13 +249,12 @@ class CircuitBreaker:
             if not isinstance(admitted, int):
                 if self._fallback is None:
                     raise admitted
-                answer: T = await awaited(self._fallback, *args, **kwargs)
-                return answer
+                return await awaited(self._fallback, *args, **kwargs)
             ticket = admitted
         if self._cancelled_after is not None:
             begun = self._clock()
         try:
-            result: Any = func(*args, **kwargs)
+            result = func(*args, **kwargs)
             if inspect.isawaitable(result):
                 result = await result
         except BaseException as error:
@@ -259,8 +262,7 @@ class CircuitBreaker:
             raise
         if ticket < 0 or self._machine.failure_count or self._is_failure is not raised:
             self._end(ticket, result, begun)
-        answered: T = result
-        return answered
+        return result
 
     def call_sync(self, func: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function that blocks; as `call`, for programs and threads without asyncio."""

@@ -149,9 +149,13 @@ class Resilience:
         self.bulkhead = bulkhead
         self.fallback = fallback
 
+    @overload
     async def call(
-        self, func: Callable[P, Awaitable[T] | T], *args: P.args, **kwargs: P.kwargs
-    ) -> T:
+        self, func: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs
+    ) -> T: ...
+    @overload
+    async def call(self, func: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T: ...
+    async def call(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a function, and await what it answers if that is awaitable.
 
         Raises what it raises in the end, `CallTimeoutError`, `CircuitOpenError` and
@@ -168,8 +172,7 @@ class Resilience:
         except Exception:
             if self.fallback is None:
                 raise
-            answer: T = await awaited(self.fallback, *args, **kwargs)
-            return answer
+            return await awaited(self.fallback, *args, **kwargs)
 
     def call_sync(self, func: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function that blocks; as `call`, for programs and threads without asyncio.
@@ -210,16 +213,13 @@ class Resilience:
 
         return guarded
 
-    async def _attempts(
-        self, func: Callable[P, Awaitable[T] | T], *args: P.args, **kwargs: P.kwargs
-    ) -> T:
-        inner: Callable[[], Awaitable[T] | T] = functools.partial(func, *args, **kwargs)
+    async def _attempts(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        inner: Callable[..., Any] = functools.partial(func, *args, **kwargs)
         if self.timeout is not None:
             inner = functools.partial(self._in_time, self.timeout, inner)
         if self.breaker is not None:
             inner = functools.partial(self.breaker.call, inner)
-        answer: T = await (awaited(inner) if self.retry is None else self.retry.call(inner))
-        return answer
+        return await (awaited(inner) if self.retry is None else self.retry.call(inner))
 
     def _attempts_sync(self, func: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         inner: Callable[[], T] = functools.partial(func, *args, **kwargs)
@@ -230,12 +230,11 @@ class Resilience:
         answer: T = inner() if self.retry is None else self.retry.call_sync(inner)
         return answer
 
-    async def _in_time(self, seconds: float, func: Callable[[], Awaitable[T] | T]) -> T:
+    async def _in_time(self, seconds: float, func: Callable[[], Any]) -> Any:
         limit = asyncio.timeout(seconds)
         try:
             async with limit:
-                answer: T = await awaited(func)
-                return answer
+                return await awaited(func)
         except TimeoutError:
             if limit.expired():
                 raise CallTimeoutError(self.name, seconds) from None

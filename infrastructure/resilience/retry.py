@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, overload
 
 from tenacity import AsyncRetrying, RetryCallState, Retrying
 
@@ -89,9 +89,13 @@ class RetryPolicy:
         seconds = backoff + self.jitter * self.random()
         return seconds if self.max_delay is None else min(seconds, self.max_delay)
 
+    @overload
     async def call(
-        self, func: Callable[P, Awaitable[T] | T], *args: P.args, **kwargs: P.kwargs
-    ) -> T:
+        self, func: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs
+    ) -> T: ...
+    @overload
+    async def call(self, func: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T: ...
+    async def call(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a function until it does not fail; await what it answers if that is awaitable."""
         begun = self.clock()
         first: BaseException | None = None
@@ -103,8 +107,7 @@ class RetryPolicy:
         if not self._is_retried(first or result):
             if first is not None:
                 raise first
-            answer: T = result
-            return answer
+            return result
         attempts = 0
 
         async def attempt() -> Any:
@@ -120,8 +123,7 @@ class RetryPolicy:
         async def wait(seconds: float) -> None:
             await self.sleep(0.0 if _is_immediate.get() else seconds)
 
-        last: T = await AsyncRetrying(sleep=wait, **self._rules(begun))(attempt)
-        return last
+        return await AsyncRetrying(sleep=wait, **self._rules(begun))(attempt)
 
     def call_sync(self, func: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function that blocks; as `call`, for programs and threads without asyncio."""
