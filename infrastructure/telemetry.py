@@ -47,6 +47,7 @@ class Telemetry:
         self._tracer = trace.get_tracer(SCOPE, tracer_provider=tracer_provider)
         meter = metrics.get_meter(SCOPE, meter_provider=meter_provider)
         self._meter = meter
+        self._is_watching = False
         self._dispatches = meter.create_histogram(
             "leftfold.dispatch.duration", "s", "How long commands and queries took"
         )
@@ -99,6 +100,9 @@ class Telemetry:
 
         `counters` are the names of those that parts have, by the parts' kinds.
         """
+        if self._is_watching:  # the runtime was opened again
+            return
+        self._is_watching = True
         asked = weakref.WeakMethod(health) if hasattr(health, "__self__") else lambda: health
 
         def now() -> Health | None:

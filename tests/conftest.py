@@ -26,6 +26,15 @@ import leftfold.domain
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what tests of outages have measured, also from the processes of pytest-xdist."""
+    for report in terminalreporter.stats.get("passed", ()):
+        for name, value in report.user_properties:
+            if name == "outage":
+                terminalreporter.write_line(f"{report.nodeid.rpartition('::')[2]}: {value}")
+
+
 SOURCE = Path(leftfold.domain.__file__).parents[2]
 
 

@@ -96,7 +96,7 @@ class Times:
         now = self.clock()
         if ttl is None:
             expires = NEVER
-        elif isinstance(ttl, bool) or not 0 < ttl < math.inf:
+        elif not isinstance(ttl, int | float) or isinstance(ttl, bool) or not 0 < ttl < math.inf:
             raise InvalidCacheArgumentError("ttl", f"{ttl!r} is no number of seconds above 0")
         else:
             expires = now + ttl + self.jitter * self.random()

@@ -190,13 +190,14 @@ class LoadingCache(CacheProvider[T], ABC):
         after: int = 0,
     ) -> CacheEntry[T]:
         asked = next(self._numbers)
-        self.times.keep(None, ttl, tags, 0)  # refuses a wrong time to live before the load
+        # What is wrong with the arguments is said before the load; tags may be an iterator.
+        labels = self.times.keep(None, ttl, tags, 0).tags
         kept = self._look(key)
         if kept is not None and self._serves(kept, after):
             self.stats.hits += 1
             return self.times.entry(kept, self._own(kept.value))
         while True:
-            flight = self._join(key, loader, ttl, frozenset(tags), after)
+            flight = self._join(key, loader, ttl, labels, after)
             try:
                 landed = await _answer(flight)
             except _Abandoned:

@@ -165,6 +165,8 @@ class RedisTier(Generic[T]):
     ) -> None:
         """Keep values under a prefix; a lease ends after `lease` seconds."""
         self.client: Redis = url if isinstance(url, Redis) else _connect(url)
+        if self.client.connection_pool.connection_kwargs.get("decode_responses"):
+            raise InvalidCacheArgumentError("url", "is a client that decodes; values are bytes")
         self.name = masked(url) if isinstance(url, str) else f"Redis at {prefix}"
         self.channel = f"{prefix}:changed"
         self.origin = uuid.uuid4().hex
@@ -172,7 +174,7 @@ class RedisTier(Generic[T]):
         self._prefix = prefix
         self._times = times
         self._lease = max(1, math.ceil(lease * 1_000))
-        self._guard = guard or Resilience(
+        self.guard = guard or Resilience(
             self.name,
             timeout=2 * TIMEOUT,
             breaker=CircuitBreaker(FAILURES, RECOVERY, name=self.name, failures=_is_failure),
@@ -302,7 +304,7 @@ class RedisTier(Generic[T]):
 
     async def _ask(self, command: Callable[[], Awaitable[Any]]) -> Any:
         try:
-            return await self._guard.call(self._try, command)
+            return await self.guard.call(self._try, command)
         except InvalidCacheArgumentError:
             raise
         except LeftfoldError as error:  # of the guard, which quotes no values
@@ -352,6 +354,11 @@ class RedisCache(LoadingCache[T]):
     async def close(self) -> None:
         """Close the connections."""
         await self.tier.client.aclose()
+
+    @property
+    def _state(self) -> str:
+        breaker = self.tier.guard.breaker
+        return "in use" if breaker is None else breaker.state.value
 
     async def _fetch(self, key: str) -> Kept[T] | None:
         return await self._counted(self.tier.fetch(key))

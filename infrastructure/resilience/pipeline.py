@@ -8,9 +8,11 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from contextvars import copy_context
+from dataclasses import asdict
 from typing import Any, ParamSpec, TypeVar, overload
 
 from leftfold.infrastructure.errors import InfrastructureError
+from leftfold.infrastructure.health import PartHealth
 from leftfold.infrastructure.platform import Lock, start_thread
 from leftfold.infrastructure.resilience.breaker import CircuitBreaker, awaited, is_async
 from leftfold.infrastructure.resilience.failures import (
@@ -52,6 +54,8 @@ class Bulkhead:
         self.name = name
         self.concurrency = checked_count("concurrency", concurrency)
         self.queue = checked_count("queue", queue, 0)
+        self.rejected = 0
+        """Calls that found no place to wait."""
         self._running = 0
         self._waiting: deque[Future[None]] = deque()
         self._lock = Lock()
@@ -104,6 +108,7 @@ class Bulkhead:
                 self._running += 1
                 return None
             if len(self._waiting) >= self.queue:
+                self.rejected += 1
                 raise BulkheadFullError(self.name, self.concurrency, self.queue)
             turn: Future[None] = Future()
             self._waiting.append(turn)
@@ -148,6 +153,19 @@ class Resilience:
         self.retry = retry
         self.bulkhead = bulkhead
         self.fallback = fallback
+        self._timeouts = self._fallbacks = 0
+
+    def health(self) -> PartHealth:
+        """Tell its breaker's state and what it has seen, as a runtime's health does."""
+        counters = {"timeouts": self._timeouts, "fallbacks": self._fallbacks}
+        if self.bulkhead is not None:
+            counters |= {"running": self.bulkhead.running, "waiting": self.bulkhead.waiting}
+            counters["full"] = self.bulkhead.rejected
+        state = "in use"
+        if self.breaker is not None:
+            state = self.breaker.state.value
+            counters |= asdict(self.breaker.stats)
+        return PartHealth(self.name, "pipeline", state, counters)
 
     @overload
     async def call(
@@ -172,6 +190,7 @@ class Resilience:
         except Exception:
             if self.fallback is None:
                 raise
+            self._fallbacks += 1
             return await awaited(self.fallback, *args, **kwargs)
 
     def call_sync(self, func: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -190,6 +209,7 @@ class Resilience:
         except Exception:
             if self.fallback is None:
                 raise
+            self._fallbacks += 1
             answer: T = self.fallback(*args, **kwargs)
             return answer
 
@@ -237,6 +257,7 @@ class Resilience:
                 return await awaited(func)
         except TimeoutError:
             if limit.expired():
+                self._timeouts += 1
                 raise CallTimeoutError(self.name, seconds) from None
             raise  # its own
 
@@ -247,4 +268,5 @@ class Resilience:
         except TimeoutError:
             if answer.done():
                 raise  # its own
+            self._timeouts += 1
             raise CallTimeoutError(self.name, seconds) from None

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 from redis import Redis
+from redis.asyncio import Redis as AsyncRedis
 
 from leftfold.application.caching import InvalidCacheArgumentError, Loaded, NotKept
 from leftfold.infrastructure.caches import InMemoryCache, RedisCache, TieredCache
@@ -269,7 +270,7 @@ async def test_a_new_value_has_a_time_of_its_own(cache, clock):
     assert await cache.get("a") == "new"
 
 
-@pytest.mark.parametrize("ttl", [0, -1, float("nan"), float("inf"), True])
+@pytest.mark.parametrize("ttl", [0, -1, float("nan"), float("inf"), True, "5", Decimal(5)])
 async def test_a_time_to_live_of_nothing_is_refused(cache, ttl):
     source = Source()
     with pytest.raises(InvalidCacheArgumentError):
@@ -495,6 +496,12 @@ async def test_a_value_kept_again_without_a_tag_has_it_no_more(cache):
     assert await cache.get("a") == "new"
 
 
+async def test_tags_may_be_an_iterator(cache):
+    await cache.get_or_load("a", Source(), tags=iter(["one"]))
+    await cache.set("b", "value", tags=iter(["one"]))
+    assert await cache.invalidate_tag("one") == 2
+
+
 async def test_many_values_of_a_tag_are_removed(cache):
     await asyncio.gather(*(cache.set(str(n), "value", tags=["t"]) for n in range(250)))
     assert await cache.invalidate_tag("t") == 250
@@ -692,6 +699,13 @@ async def test_errors_are_typed_and_show_no_password_and_loads_go_on(make_redis)
     assert await cache.get_or_load("a", Source()) == "loaded"
     assert cache.stats.failures >= len(asks)
     assert "s3cret" not in repr(cache.health())
+
+
+async def test_a_client_that_decodes_is_refused(valkey):
+    client = AsyncRedis.from_url(valkey.url, decode_responses=True)
+    with pytest.raises(InvalidCacheArgumentError, match="bytes"):
+        RedisCache(int, client, prefix="t")
+    await client.aclose()
 
 
 def test_an_address_that_is_none_is_refused_without_its_password():

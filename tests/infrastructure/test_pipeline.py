@@ -10,7 +10,13 @@ from time import monotonic, sleep
 
 import pytest
 
-from leftfold.infrastructure import CircuitBreaker, CircuitOpenError, Resilience, RetryPolicy
+from leftfold.infrastructure import (
+    CircuitBreaker,
+    CircuitOpenError,
+    PartHealth,
+    Resilience,
+    RetryPolicy,
+)
 from leftfold.infrastructure.resilience import (
     Bulkhead,
     BulkheadFullError,
@@ -132,6 +138,33 @@ async def test_a_cancelled_call_has_no_fallback():
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call
+
+
+async def test_a_pipeline_tells_its_health():
+    pipeline = Resilience(
+        "stock",
+        timeout=0.01,
+        breaker=CircuitBreaker(2, 30.0),
+        bulkhead=Bulkhead(1),
+        fallback=lambda *_: None,
+    )
+    for _ in range(3):
+        await pipeline.call(asyncio.sleep, 60)
+    assert pipeline.health() == PartHealth(
+        "stock",
+        "pipeline",
+        "open",
+        {
+            "timeouts": 2,
+            "fallbacks": 3,
+            "running": 0,
+            "waiting": 0,
+            "full": 0,
+            "failures": 2,
+            "rejected": 1,
+            "opened": 1,
+        },
+    )
 
 
 # Bulkheads

@@ -61,8 +61,8 @@ def signal_all(server, number):
 class Load:
     """Callers who sell and ask, and note each answer and how long it took."""
 
-    def __init__(self, shop, sell):
-        self.shop, self.sell = shop, sell
+    def __init__(self, shop, sell, record):
+        self.shop, self.sell, self.record = shop, sell, record
         self.answers = Counter()
         self.slowest = 0.0
         self._is_over = False
@@ -77,7 +77,7 @@ class Load:
     async def __aexit__(self, *_):
         self._is_over = True
         await asyncio.gather(*self._callers)
-        print(dict(self.answers), f"slowest {self.slowest:.2f} s")  # noqa: T201 - asked for
+        self.record("outage", f"{dict(self.answers)}, slowest answer {self.slowest:.2f} s")
 
     async def recovers(self, seconds=10.0):
         """Wait until commands and queries succeed again."""
@@ -124,10 +124,10 @@ class Load:
 
 
 @pytest.fixture
-def loaded(register, sell):
+def loaded(register, sell, record_property):
     async def loaded(shop):
         (await shop.commands.dispatch(register("A", 1_000_000))).unwrap()
-        return Load(shop, sell)
+        return Load(shop, sell, record_property)
 
     return loaded
 

@@ -175,8 +175,8 @@ async def test_more_changes_than_are_remembered_clear_all(own_valkey, proxy, mon
 class Shop:
     """A number that changes, and callers who read it through caches, at any time rightly."""
 
-    def __init__(self, one, other):
-        self.one, self.other = one, other
+    def __init__(self, one, other, record):
+        self.one, self.other, self.record = one, other, record
         self.number = 0
         self.answers = Counter()
         self.slowest = 0.0
@@ -197,7 +197,7 @@ class Shop:
         await asyncio.sleep(0.2)
         for cache in (self.one, self.other):
             assert await cache.get_or_load("a", self._load, 60) == self.number
-        print(dict(self.answers), f"slowest {self.slowest:.2f} s")  # noqa: T201 - asked for
+        self.record("outage", f"{dict(self.answers)}, slowest answer {self.slowest:.2f} s")
 
     async def _load(self):
         number = self.number
@@ -237,8 +237,8 @@ async def outage(shop):
     await until(lambda: shop.answers["changed"] > before + 20)
 
 
-async def test_a_killed_server_and_its_return_under_load(own_valkey):
-    async with opened(*[own_valkey.url] * 2) as caches, Shop(*caches) as shop:
+async def test_a_killed_server_and_its_return_under_load(own_valkey, record_property):
+    async with opened(*[own_valkey.url] * 2) as caches, Shop(*caches, record_property) as shop:
         for _ in range(2):
             own_valkey.kill()
             await outage(shop)
@@ -247,8 +247,8 @@ async def test_a_killed_server_and_its_return_under_load(own_valkey):
     assert shop.slowest < 2
 
 
-async def test_a_paused_server_under_load(own_valkey):
-    async with opened(*[own_valkey.url] * 2) as caches, Shop(*caches) as shop:
+async def test_a_paused_server_under_load(own_valkey, record_property):
+    async with opened(*[own_valkey.url] * 2) as caches, Shop(*caches, record_property) as shop:
         for _ in range(2):
             own_valkey.signal(signal.SIGSTOP)
             await outage(shop)
@@ -257,8 +257,10 @@ async def test_a_paused_server_under_load(own_valkey):
     assert shop.slowest < 3
 
 
-async def test_a_network_that_cuts_half_closes_swallows_and_delays_under_load(own_valkey, proxy):
-    async with opened(*[proxy.url] * 2) as caches, Shop(*caches) as shop:
+async def test_a_network_that_cuts_half_closes_swallows_and_delays_under_load(
+    own_valkey, proxy, record_property
+):
+    async with opened(*[proxy.url] * 2) as caches, Shop(*caches, record_property) as shop:
         for harm in (proxy.cut, proxy.half_close, proxy.cut):
             harm()
             await until(lambda: shop.one.is_connected and shop.other.is_connected)
