@@ -6,6 +6,7 @@ import asyncio
 import signal
 from collections import Counter
 from contextlib import AsyncExitStack, asynccontextmanager
+from random import Random
 from statistics import median
 from time import monotonic
 
@@ -88,15 +89,24 @@ async def test_what_one_process_changes_leaves_the_memory_of_another_within_50_m
         assert median(took) < 0.05, took
 
 
-async def test_a_value_on_its_way_is_not_kept_if_it_is_changed_meanwhile(own_valkey, proxy):
-    async with opened(own_valkey.url, proxy.url) as (one, other):
+async def test_a_value_on_its_way_is_not_kept_if_it_is_changed_meanwhile(own_valkey, monkeypatch):
+    async with opened(*[own_valkey.url] * 2) as (one, other):
         await one.set("a", 1)
-        proxy.delay = 0.1  # what travels to the other is slow: the value and the message
-        reading = asyncio.ensure_future(other.get("a"))
-        await asyncio.sleep(0.15)  # it was read, and is on its way back
-        await one.set("a", 2)
-        assert await reading in {1, 2}
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(0.2)  # its message was heard
+        fetch, heard = other._tier.fetch, []
+        tell = other._tier.heard
+        monkeypatch.setattr(other._tier, "heard", lambda told: heard.append(told) or tell(told))
+
+        async def fetch_late(key):
+            kept = await fetch(key)
+            before = len(heard)
+            await one.set("a", 2)
+            await until(lambda: len(heard) > before)
+            return kept
+
+        monkeypatch.setattr(other._tier, "fetch", fetch_late)
+        assert await other.get("a") == 1
+        monkeypatch.setattr(other._tier, "fetch", fetch)
         assert await other.get("a") == 2
 
 
@@ -274,3 +284,54 @@ async def test_a_network_that_cuts_half_closes_swallows_and_delays_under_load(
         await asyncio.sleep(0.3)
         proxy.delay = 0
     assert shop.slowest < 3
+
+
+@pytest.mark.parametrize("is_tiered", [False, True])
+async def test_whatever_interleaves_nobody_is_served_what_was_removed(own_valkey, is_tiered):
+    chance = Random(7)
+    numbers = dict.fromkeys("abcd", 0)
+    is_over = False
+
+    async def load(key):
+        number = numbers[key]
+        await asyncio.sleep(chance.random() * 0.003)
+        return number
+
+    async def ask(cache, key):
+        return await cache.get_or_load(key, lambda: load(key), 60, tags=[f"t{key}"])
+
+    async def change(cache):
+        while not is_over:
+            key = chance.choice("abcd")
+            numbers[key] += 1
+            least = numbers[key]
+            remove = chance.choice(
+                [
+                    lambda key=key: cache.delete(key),
+                    lambda key=key: cache.invalidate_pattern(f"{key}*"),
+                    lambda key=key: cache.invalidate_tag(f"t{key}"),
+                    cache.clear,
+                ]
+            )
+            await remove()
+            assert await ask(cache, key) >= least
+            await asyncio.sleep(chance.random() * 0.004)
+
+    async def read(cache):
+        while not is_over:
+            await ask(cache, chance.choice("abcd"))
+            await asyncio.sleep(0)
+
+    redis = [RedisCache(int, own_valkey.url, prefix="t") for _ in range(3)]
+    caches = [TieredCache(InMemoryCache(int), each) if is_tiered else each for each in redis]
+    work = [change(each) for each in caches[:2]] + [read(each) for each in caches]
+    tasks = [asyncio.ensure_future(each) for each in work]
+    await asyncio.sleep(3)
+    is_over = True
+    await asyncio.gather(*tasks)
+    await asyncio.sleep(0.1)
+    for cache in caches:
+        assert {key: await ask(cache, key) for key in "abcd"} == numbers
+        assert not cache._flights
+        assert not getattr(cache, "_travels", ())
+        await cache.close()
