@@ -254,9 +254,11 @@ class LoadingCache(CacheProvider[T], ABC):
     ) -> None:
         try:
             landed = await self._bring(key, flight, loader, ttl)
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as error:
             self._land(key, flight)
-            flight.answer.set_exception(_Abandoned())
+            task = asyncio.current_task()
+            is_ended = task is not None and task.cancelling() > 0  # or the loader raised it itself
+            flight.answer.set_exception(_Abandoned() if is_ended else error)
             raise
         except BaseException as error:  # noqa: BLE001 - whoever waits raises it
             self._land(key, flight)

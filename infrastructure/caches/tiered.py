@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+import logging
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from leftfold.infrastructure.caches.entries import Change, Kept
 from leftfold.infrastructure.caches.loading import Flight, LoadingCache
 from leftfold.infrastructure.caches.memory import InMemoryCache
-from leftfold.infrastructure.caches.redis import UNREACHABLE, Lease, RedisCache
+from leftfold.infrastructure.caches.redis import Lease, RedisCache
 from leftfold.infrastructure.errors import CacheUnavailableError
 from leftfold.infrastructure.platform import asleep, monotonic, random_number, start_task
 
 T = TypeVar("T")
+
+_log = logging.getLogger("leftfold.cache")
 
 JOURNAL = 10_000
 """Changes remembered while Redis is away; beyond them all is removed when it is back."""
@@ -223,8 +225,10 @@ class TieredCache(LoadingCache[T]):
         pause = FIRST_PAUSE
         while True:
             begun = monotonic()
-            with suppress(CacheUnavailableError, _Silence, *UNREACHABLE):
+            try:
                 await self._session()
+            except Exception as error:  # noqa: BLE001 - whatever it is, nothing is heard any more
+                _log.warning("%s is lost: %s", self.name, type(error).__name__)
             self._lose()
             self._is_ready.set()
             pause = FIRST_PAUSE if monotonic() - begun > LONGEST_PAUSE else pause

@@ -357,6 +357,14 @@ async def test_a_failing_load_fails_for_all_who_wait_and_is_tried_anew(cache):
     assert await cache.get_or_load("a", source) == "loaded"
 
 
+async def test_a_loader_that_is_cancelled_cancels_those_who_wait(cache):
+    source = Source()
+    source.error = asyncio.CancelledError()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(cache.get_or_load("a", source), 5)
+    assert source.loads == 1
+
+
 async def test_an_answer_that_is_not_to_be_kept_is_neither_kept_nor_replaced(cache, clock):
     await cache.set("a", "old", 10)
     clock.now += 20
