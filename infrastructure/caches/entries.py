@@ -126,7 +126,7 @@ class Times:
 def _moment(seconds: float) -> datetime:
     try:
         return datetime.fromtimestamp(seconds, UTC)
-    except (OverflowError, ValueError):
+    except (OverflowError, ValueError, OSError):  # each for another distance
         return datetime.max.replace(tzinfo=UTC)
 
 
@@ -155,12 +155,18 @@ def _is_immutable(kind: Any, within: tuple[Any, ...]) -> bool:  # noqa: PLR0911 
         return False
     if issubclass(kind, IMMUTABLE):
         return True
-    hints: list[Any] = []
+    hints = _frozen_fields(kind)
+    return hints is not None and all(_is_immutable(hint, (*within, kind)) for hint in hints)
+
+
+def _frozen_fields(kind: type[Any]) -> list[Any] | None:
+    """Return the types of fields that cannot be set; None if they can, or are not known."""
     if is_dataclass(kind) and cast("Any", kind).__dataclass_params__.frozen:  # as dataclass() sets
-        types = get_type_hints(kind)
-        hints = [types[each.name] for each in fields(kind)]
-    elif issubclass(kind, BaseModel) and kind.model_config.get("frozen"):
-        hints = [each.annotation for each in kind.model_fields.values()]
-    else:
-        return False
-    return all(_is_immutable(hint, (*within, kind)) for hint in hints)
+        try:
+            types = get_type_hints(kind)
+        except NameError:  # one is imported for type checkers alone
+            return None
+        return [types[each.name] for each in fields(kind)]
+    if issubclass(kind, BaseModel) and kind.model_config.get("frozen"):
+        return [each.annotation for each in kind.model_fields.values()]
+    return None

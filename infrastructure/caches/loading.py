@@ -145,6 +145,7 @@ class LoadingCache(CacheProvider[T], ABC):
         kept = self.times.keep(self._own(value), ttl, tags, position)
         self._doom(Change("key", key))
         await self._put(key, kept)
+        self._doom(Change("key", key))  # as in `_invalidate`
 
     @override
     async def delete(self, key: str) -> None:
@@ -291,7 +292,9 @@ class LoadingCache(CacheProvider[T], ABC):
 
     async def _invalidate(self, change: Change) -> int:
         self._doom(change)
-        return await self._remove(change)
+        count = await self._remove(change)
+        self._doom(change)  # again: a load begun meanwhile may have found what was there
+        return count
 
     def _doom(self, change: Change) -> None:
         """Let what is being loaded not be kept, and nobody else wait for it."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import uuid
+from asyncio import Semaphore
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -43,6 +44,8 @@ TIMEOUT = 0.5
 """Seconds that a command, or connecting, may take."""
 CONNECTIONS = 16
 """Commands under way at a time; further ones wait."""
+LONGEST = 1e12
+"""Seconds from which on a time to live is for ever: the server counts no further."""
 FAILURES, RECOVERY = 5, 1.0
 """Failures in a row after which Redis is not asked, for so many seconds."""
 
@@ -61,6 +64,10 @@ for i = 5, #KEYS do
     local over = redis.call('ZRANGE', KEYS[i], '-inf', '(' .. now, 'BYSCORE', 'LIMIT', 0, 100)
     if #over > 0 then redis.call('ZREM', KEYS[i], unpack(over)) end
     redis.call('ZADD', KEYS[i], ends, ARGV[8])
+    -- the set outlives by a second what it names
+    local last = redis.call('ZRANGE', KEYS[i], -1, -1, 'WITHSCORES')[2]
+    if last == 'inf' then redis.call('PERSIST', KEYS[i])
+    else redis.call('PEXPIRE', KEYS[i], math.ceil((tonumber(last) - tonumber(now) + 1) * 1000)) end
 end
 redis.call('PUBLISH', channel, message)
 return 1
@@ -123,7 +130,7 @@ class Codec(Generic[T]):
         """Return a document. Raises `InvalidCacheArgumentError` if it would not come back."""
         body = b""
         try:
-            body = self._adapter.dump_json(kept.value)
+            body = self._adapter.dump_json(kept.value, warnings="none")  # they quote the value
             is_the_same = self._adapter.validate_json(body) == kept.value
         except (ValueError, TypeError):  # pydantic's errors among them, which quote the value
             is_the_same = False
@@ -144,7 +151,7 @@ class Codec(Generic[T]):
             return Kept(
                 value, created, NEVER if expires is None else expires, position, frozenset(tags)
             )
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             return None
 
 
@@ -174,6 +181,7 @@ class RedisTier(Generic[T]):
         self._prefix = prefix
         self._times = times
         self._lease = max(1, math.ceil(lease * 1_000))
+        self._places = Semaphore(CONNECTIONS)
         self.guard = guard or Resilience(
             self.name,
             timeout=2 * TIMEOUT,
@@ -210,7 +218,8 @@ class RedisTier(Generic[T]):
             left = kept.expires + self._times.stale_for - now
             if left <= 0:
                 return False
-            milliseconds, ends = str(math.ceil(left * 1_000)), str(now + left)
+            if left < LONGEST:
+                milliseconds, ends = str(math.ceil(left * 1_000)), str(now + left)
         keys: list[bytes | str | memoryview] = [
             self._key("v", key),
             self._key("l", key),
@@ -304,7 +313,8 @@ class RedisTier(Generic[T]):
 
     async def _ask(self, command: Callable[[], Awaitable[Any]]) -> Any:
         try:
-            return await self.guard.call(self._try, command)
+            async with self._places:  # a command's time begins when it has a connection
+                return await self.guard.call(self._try, command)
         except InvalidCacheArgumentError:
             raise
         except LeftfoldError as error:  # of the guard, which quotes no values
@@ -322,7 +332,7 @@ class RedisCache(LoadingCache[T]):
     by any process wins over a load that any process began before it. If Redis does not answer,
     methods raise `CacheUnavailableError`, but those that load: they ask the source.
 
-    It belongs to the event loop that it was first used on.
+    It belongs to the event loop, and to the process, that it was first used on.
     """
 
     def __init__(  # noqa: PLR0913 - each has a default but two
@@ -388,7 +398,7 @@ def _connect(url: str) -> Redis:
     try:
         pool = BlockingConnectionPool.from_url(
             url,
-            max_connections=CONNECTIONS,
+            max_connections=CONNECTIONS + 1,  # and a subscription
             timeout=TIMEOUT,
             socket_timeout=TIMEOUT,
             socket_connect_timeout=TIMEOUT,

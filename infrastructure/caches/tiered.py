@@ -43,7 +43,7 @@ class TieredCache(LoadingCache[T]):
     memory is dropped, so that nothing stale outlives the outage. Other processes do not learn of
     changes made during it before then; and a process that ends during it forgets them.
 
-    It belongs to the event loop that it was opened on.
+    It belongs to the event loop, and to the process, that it was opened on.
     """
 
     def __init__(self, memory: InMemoryCache[T], redis: RedisCache[T]) -> None:
@@ -238,14 +238,19 @@ class TieredCache(LoadingCache[T]):
     async def _session(self) -> None:
         """Subscribe, tell Redis what it has missed, and listen until it is lost."""
         async with self._tier.client.pubsub() as subscription:
-            await subscription.subscribe(self._tier.channel)
+            async with asyncio.timeout(SILENCE):
+                await subscription.subscribe(self._tier.channel)
             heard = monotonic()
             while await subscription.get_message(timeout=LOOK) is None:
                 _check(heard)
             while self._journal:
                 change = next(iter(self._journal))
-                await self._tier.remove(change)
-                self._journal.pop(change, None)
+                del self._journal[change]  # first: it may be made again while it is told
+                try:
+                    await self._tier.remove(change)
+                except BaseException:
+                    self._note(change)
+                    raise
             # From here to the next `await` nothing else runs: no change can fall in between.
             self._forget()
             self._is_connected = True
@@ -258,6 +263,8 @@ class TieredCache(LoadingCache[T]):
             message = await subscription.get_message(timeout=LOOK)
             if message is not None:
                 heard = monotonic()
+                if message["type"] == "subscribe":  # again: the client has connected anew
+                    raise _Lost
                 if message["type"] == "message":
                     change = self._tier.heard(message["data"])
                     if change is not None:
@@ -267,13 +274,14 @@ class TieredCache(LoadingCache[T]):
             _check(heard)
             if monotonic() - asked > PING:
                 asked = monotonic()
-                await subscription.ping()
+                async with asyncio.timeout(SILENCE):
+                    await subscription.ping()
 
 
-class _Silence(Exception):
-    """Redis does not answer pings."""
+class _Lost(Exception):
+    """Redis does not answer pings, or others' changes went unheard for a while."""
 
 
 def _check(heard: float) -> None:
     if monotonic() - heard > SILENCE:
-        raise _Silence
+        raise _Lost

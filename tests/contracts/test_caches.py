@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from enum import Enum
+from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
 import pytest
@@ -20,9 +21,14 @@ from redis.asyncio import Redis as AsyncRedis
 
 from leftfold.application.caching import InvalidCacheArgumentError, Loaded, NotKept
 from leftfold.infrastructure.caches import InMemoryCache, RedisCache, TieredCache
+from leftfold.infrastructure.caches.entries import Change
 from leftfold.infrastructure.caches.globs import matcher
 from leftfold.infrastructure.errors import CacheUnavailableError
+from leftfold.infrastructure.resilience import CircuitBreaker, Resilience
 from leftfold.infrastructure.strategies import TEXTS
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 pytestmark = pytest.mark.anyio
 
@@ -58,6 +64,11 @@ class Row:
     city: City | None = None
     sizes: tuple[int, ...] = ()
     names: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Unknown:
+    part: Fraction  # a type that is not there at run time
 
 
 class Source:
@@ -240,6 +251,14 @@ async def test_what_nobody_can_change_is_not_copied(clock):
     assert await cache.get("a") is row
 
 
+async def test_what_may_be_changed_for_all_that_is_known_is_copied(clock):
+    cache = InMemoryCache(Unknown, clock=clock)
+    value = Unknown(1)
+    await cache.set("a", value)
+    assert await cache.get("a") == value
+    assert await cache.get("a") is not value
+
+
 # Times
 
 
@@ -261,6 +280,13 @@ async def test_without_a_time_to_live_a_value_stays(cache, clock):
     clock.now += 1e8
     assert await cache.get("a") == "value"
     assert (await cache.entry("a")).expires_at is None
+
+
+async def test_a_time_to_live_may_be_longer_than_the_calendar(cache, clock):
+    await cache.set("a", "value", 1e300, tags=["t"])
+    await cache.set("b", "value", 1e17)
+    clock.now += 1e8
+    assert [(await cache.entry(key)).value for key in "ab"] == ["value"] * 2
 
 
 async def test_a_new_value_has_a_time_of_its_own(cache, clock):
@@ -345,6 +371,21 @@ async def test_cancelling_one_caller_harms_no_other(cache):
     assert source.loads == 1
 
 
+async def test_a_load_goes_on_though_all_who_waited_were_cancelled(cache):
+    source = Source()
+    source.gate = asyncio.Event()
+    callers = [asyncio.ensure_future(cache.get_or_load("a", source)) for _ in range(3)]
+    await source.begun.wait()
+    for caller in callers:
+        caller.cancel()
+    await asyncio.wait(callers)
+    again = asyncio.ensure_future(cache.get_or_load("a", source))
+    await asyncio.sleep(0.02)
+    source.gate.set()
+    assert await again == await cache.get("a") == "loaded"
+    assert source.loads == 1
+
+
 async def test_a_failing_load_fails_for_all_who_wait_and_is_tried_anew(cache):
     source = Source()
     source.error = ConnectionError("down")
@@ -426,6 +467,47 @@ async def test_who_asks_after_a_change_does_not_get_what_was_read_before(cache):
     source.gate.set()
     await first
     assert await cache.get("a") == "read after"
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", ["redis", "tiered"])
+async def test_who_asks_after_a_change_does_not_get_what_was_found_during_it(
+    make_redis, make_tiered, kind, way
+):
+    cache = {"redis": make_redis, "tiered": make_tiered}[kind]()
+    tier = cache.tier if kind == "redis" else cache._tier
+    await cache.set("a", "before", 10, tags=["letters"])
+    if kind == "tiered":
+        cache._memory.remove(Change("all"))
+    fetch, remove, put = tier.fetch, tier.remove, tier.put
+    is_found, may_pass = asyncio.Event(), asyncio.Event()
+
+    async def fetch_late(key):
+        found = await fetch(key)
+        is_found.set()
+        await may_pass.wait()
+        return found
+
+    async def remove_late(change):
+        await is_found.wait()
+        return await remove(change)
+
+    async def put_late(*args):
+        await is_found.wait()
+        return await put(*args)
+
+    tier.fetch, tier.remove, tier.put = fetch_late, remove_late, put_late
+    async with asyncio.timeout(10):
+        change = asyncio.ensure_future(removed_by(cache, way))
+        await asyncio.sleep(0)
+        during = asyncio.ensure_future(cache.get_or_load("a", Source("during"), tags=["letters"]))
+        await change
+        tier.fetch = fetch
+        after = asyncio.ensure_future(cache.get_or_load("a", Source("after")))
+        await asyncio.sleep(0.02)
+        may_pass.set()
+        await during
+        assert await after == ("set" if way == "set" else "after")
 
 
 async def test_a_value_read_too_early_is_loaded_anew(cache):
@@ -644,7 +726,7 @@ async def test_another_type_or_version_is_a_miss(make_redis):
 
 
 @pytest.mark.parametrize(
-    "document", [b"", b"{", b"null", b"[]\n3", b"\xff\n\xff", b"[1,2,3,4,5]\n"]
+    "document", [b"", b"{", b"null", b"[]\n3", b"\xff\n\xff", b"[1,2,3,4,5]\n", b"[" * 100_000]
 )
 async def test_a_damaged_value_is_a_miss(make_redis, valkey, prefix, document):
     cache = make_redis(int)
@@ -681,6 +763,20 @@ async def test_what_has_expired_leaves_the_sets_of_tags(make_redis, valkey, pref
     client.close()
 
 
+async def test_a_set_of_a_tag_leaves_after_the_last_of_its_values(
+    make_redis, valkey, prefix, clock
+):
+    cache = make_redis(stale_for=10.0)
+    client = Redis.from_url(valkey.url)
+    await cache.set("a", "value", 100, tags=["t"])
+    clock.now += 50
+    await cache.set("b", "value", 20, tags=["t"])
+    assert 60 < client.pttl(f"{prefix}:t:t") / 1_000 <= 61
+    await cache.set("c", "value", tags=["t"])
+    assert client.pttl(f"{prefix}:t:t") == -1
+    client.close()
+
+
 async def test_connections_that_the_server_ended_are_replaced(make_redis, valkey):
     cache = make_redis()
     await asyncio.gather(*(cache.set(str(n), "value") for n in range(20)))
@@ -707,6 +803,25 @@ async def test_errors_are_typed_and_show_no_password_and_loads_go_on(make_redis)
     assert await cache.get_or_load("a", Source()) == "loaded"
     assert cache.stats.failures >= len(asks)
     assert "s3cret" not in repr(cache.health())
+
+
+async def test_a_refusal_quotes_no_value_not_even_in_a_warning(make_redis, recwarn):
+    with pytest.raises(InvalidCacheArgumentError) as raised:
+        await make_redis(int).set("a", "s3cret")
+    told = [str(raised.value), *(str(each.message) for each in recwarn)]
+    assert not [each for each in told if "s3cret" in each]
+
+
+async def test_an_open_breaker_is_as_good_as_no_redis(make_redis):
+    breaker = CircuitBreaker(1, 60.0)
+    cache = make_redis(
+        url="redis://127.0.0.1:1", guard=Resilience("ours", timeout=1.0, breaker=breaker)
+    )
+    for _ in range(2):
+        with pytest.raises(CacheUnavailableError):
+            await cache.get("a")
+    assert breaker.state.value == "open"
+    assert await cache.get_or_load("a", Source()) == "loaded"
 
 
 async def test_a_client_that_decodes_is_refused(valkey):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 from collections import Counter
 from contextlib import AsyncExitStack, asynccontextmanager
 from random import Random
@@ -13,6 +14,9 @@ from time import monotonic
 import pytest
 from proxy import Proxy
 from redis import Redis
+from redis.asyncio import Redis as AsyncRedis
+from redis.asyncio.retry import Retry
+from redis.backoff import ConstantBackoff
 
 from leftfold.infrastructure.caches import InMemoryCache, RedisCache, TieredCache, tiered
 
@@ -89,6 +93,14 @@ async def test_what_one_process_changes_leaves_the_memory_of_another_within_50_m
         assert median(took) < 0.05, took
 
 
+async def test_waiting_for_a_connection_takes_no_time_of_a_command(proxy):
+    cache = RedisCache(int, proxy.url, prefix="t")
+    await cache.set("a", 1)
+    proxy.delay = 0.02  # so that all together take longer than any one may
+    assert await asyncio.gather(*(cache.get("a") for _ in range(600))) == [1] * 600
+    await cache.close()
+
+
 async def test_a_value_on_its_way_is_not_kept_if_it_is_changed_meanwhile(own_valkey, monkeypatch):
     async with opened(*[own_valkey.url] * 2) as (one, other):
         await one.set("a", 1)
@@ -108,6 +120,39 @@ async def test_a_value_on_its_way_is_not_kept_if_it_is_changed_meanwhile(own_val
         assert await other.get("a") == 1
         monkeypatch.setattr(other._tier, "fetch", fetch)
         assert await other.get("a") == 2
+
+
+def slowed(work):
+    """Return the work with its answer held up, when it was done, and what lets the answer pass."""
+    is_done, may_pass = asyncio.Event(), asyncio.Event()
+
+    async def slowly(*args):
+        answer = await work(*args)
+        is_done.set()
+        await may_pass.wait()
+        return answer
+
+    return slowly, is_done, may_pass
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("what", ["fetch", "put"])
+async def test_a_change_heard_of_while_a_value_travels_keeps_it_out_of_memory(
+    own_valkey, what, way
+):
+    async with opened(*[own_valkey.url] * 2) as (one, other):
+        await one.set("a", 1, tags=["t"])
+        await asyncio.sleep(0.1)  # the other has heard of it
+        slowly, is_done, may_pass = slowed(getattr(other._tier, what))
+        setattr(other._tier, what, slowly)
+        work = other.get("a") if what == "fetch" else other.set("a", 1, tags=["t"])
+        travelling = asyncio.ensure_future(work)
+        await asyncio.wait_for(is_done.wait(), 10)
+        await WAYS[way](one)
+        await asyncio.sleep(0.1)
+        may_pass.set()
+        await travelling
+        assert await other.get("a") == (2 if way == "set" else None)
 
 
 async def test_a_message_that_is_none_empties_the_memory(own_valkey):
@@ -153,14 +198,88 @@ async def test_what_is_changed_during_an_outage_is_not_read_from_redis_after_it(
         again.close()
 
 
+async def test_what_is_changed_again_while_redis_is_told_of_it_is_told_again(own_valkey):
+    async with opened(own_valkey.url) as (cache,):
+        far = RedisCache(int, own_valkey.url, prefix="t")
+        cache._tier.remove, told, may_go_on = slowed(cache._tier.remove)
+        cache._lose()
+        await cache.delete("a")
+        await asyncio.wait_for(told.wait(), 10)
+        await far.set("a", 1)  # as was read before what comes next
+        await cache.delete("a")
+        may_go_on.set()
+        await until(lambda: cache.is_connected)
+        assert await cache.get("a") is None
+        await far.close()
+
+
+async def test_what_could_not_be_told_is_told_at_the_next_recovery(own_valkey):
+    async with opened(own_valkey.url) as (cache,):
+        await cache.set("a", 1)
+        remove, calls = cache._tier.remove, []
+
+        async def failing_once(change):
+            calls.append(change)
+            if len(calls) == 1:
+                raise ConnectionError
+            return await remove(change)
+
+        cache._tier.remove = failing_once
+        cache._lose()
+        await cache.delete("a")
+        await until(lambda: cache.is_connected)
+        assert calls == calls[:1] * 2
+        assert await cache.get("a") is None
+
+
+async def test_a_listener_that_fails_in_any_way_begins_anew(own_valkey, monkeypatch, caplog):
+    async with opened(*[own_valkey.url] * 2) as (one, other):
+        await one.set("a", 1)
+        assert await other.get("a") == 1
+        with monkeypatch.context() as patch:
+            patch.setattr(other._tier, "heard", lambda _: 1 / 0)
+            await one.set("a", 2)
+            await until(lambda: not other.is_connected)
+        await until(lambda: other.is_connected)
+        assert await other.get("a") == 2
+        assert "ZeroDivisionError" in caplog.text
+
+
+async def test_a_client_that_connects_anew_by_itself_is_noticed(own_valkey, proxy):
+    client = AsyncRedis.from_url(proxy.url, retry=Retry(ConstantBackoff(0.01), 3))
+    async with opened(own_valkey.url, client) as (one, other):
+        await one.set("a", 1)
+        assert await other.get("a") == 1
+        proxy.cut()
+        await until(lambda: not other.is_connected, 5)
+        assert other._look("a") is None
+    await client.aclose()
+
+
+async def test_an_address_that_swallows_all_does_not_hold_up_the_first_use():
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        client = AsyncRedis(
+            port=silent.getsockname()[1], socket_timeout=None, socket_connect_timeout=None
+        )
+        async with asyncio.timeout(5), opened(client) as (cache,):
+            await cache.set("a", 1)
+            assert await cache.get("a") == 1
+            assert not cache.is_connected
+        await client.aclose()
+
+
 async def test_memory_is_dropped_whole_after_a_lost_connection(own_valkey, proxy):
     async with opened(own_valkey.url, proxy.url) as (one, other):
         await one.set("a", 1)
+        await asyncio.sleep(0.1)  # the other has heard of it
         assert await other.get("a") == 1
+        assert other._look("a") is not None
         proxy.close()
         await one.set("a", 2)  # of which the other does not hear
         await until(lambda: not other.is_connected)
-        assert await other.get("a") is None
+        assert other._look("a") is None
         again = Proxy(own_valkey.address, proxy.port)
         await until(lambda: other.is_connected)
         assert await other.get("a") == 2
