@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from inspect import isawaitable
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from eventsourcing.persistence import PersistenceError
@@ -26,7 +26,7 @@ from leftfold.application.errors import (
     UnsavedEventsError,
 )
 from leftfold.application.mapper import EventMapper
-from leftfold.application.memory import Memory
+from leftfold.application.memory import Hand, Memory
 from leftfold.application.messages import Command
 from leftfold.application.ports import (
     Access,
@@ -40,9 +40,9 @@ from leftfold.application.ports import (
     Stale,
 )
 from leftfold.application.receipt import Receipt
-from leftfold.application.service import NotInMemory, Unit, current_unit
+from leftfold.application.service import Believed, NotInMemory, Unit, current_unit
 from leftfold.application.writer import Writer
-from leftfold.domain import Aggregate, DomainError, Err, Ok, clock, project
+from leftfold.domain import Aggregate, DomainError, Err, Event, Ok, clock, project
 
 Wanted = dict[UUID, type[Aggregate]]
 Known = Mapping[UUID, RecordedCommand]
@@ -54,6 +54,15 @@ class _Again(Exception):
     def __init__(self, known: Known) -> None:
         super().__init__()
         self.known = known
+
+
+class _Staged(NamedTuple):
+    """What a handler that answered `Ok` wants written."""
+
+    part: Dispatch[Any]
+    value: object
+    events: Sequence[Event]
+    versions: Mapping[UUID, int]
 
 
 class Execution:
@@ -127,7 +136,7 @@ class Execution:
         wanted: Wanted = {}
         moment = self._platform.now()  # one for all that is recorded
         while True:
-            unit = Unit()
+            unit = Unit(self._memory)
             token = current_unit.set(unit)
             time = clock.use(lambda: moment)
             try:
@@ -140,8 +149,7 @@ class Execution:
                 clock.restore(time)
                 current_unit.reset(token)
                 unit.seal()
-                for aggregate_id in unit.taken:
-                    self._memory.let_go(aggregate_id, unit.keep(aggregate_id))
+                unit.let_go()
 
     async def _attempt(
         self, unit: Unit, parts: Sequence[Dispatch[Any]], known: Known, wanted: Wanted
@@ -149,7 +157,7 @@ class Execution:
         if wanted:
             await self._take_all(unit, wanted)
         values: list[Any] = []
-        saves: list[Save] = []
+        staged: list[_Staged] = []
         for part in parts:
             first = known.get(part.command_id)
             if first is not None:
@@ -165,26 +173,27 @@ class Execution:
                 await self._confirm(unit, parts, known)
                 raise
             if isinstance(answer, Err):
-                is_unchanged = not unit.events and not unit.is_changed
                 await self._confirm(unit, parts, known)
-                unit.is_sound = is_unchanged
                 return answer
             if unit.is_changed:
                 raise UnsavedEventsError(part.name)
             values.append(answer.value)
             if len(unit.events) > begun:
-                saves.append(self._save(unit, part, answer.value, begun))
-        if saves:
+                staged.append(_Staged(part, answer.value, unit.events[begun:], unit.versions))
+        if staged:
+            saves = [self._save(each) for each in staged]
             return await self._commit(unit, parts, values, saves, known)
         await self._confirm(unit, parts, known)
-        unit.is_sound = True
         return Ok(values)
 
     async def _confirm(self, unit: Unit, parts: Sequence[Dispatch[Any]], known: Known) -> None:
         """Begin again if an answer rests on an older state, or repeats what was done before."""
         unit.seal()
         ids = [part.command_id for part in parts if part.command_id not in known]
-        is_fresh, found = await self._read(self._compare, unit.based_on, ids)
+        based_on = {i: h.version for i, h in unit.hands.items() if h.version and not h.is_loaded}
+        is_fresh, found = await self._read(self._compare, based_on, ids)
+        if not is_fresh:
+            unit.believed = Believed.BEHIND
         if found or not is_fresh:
             raise _Again({**known, **found})
 
@@ -199,6 +208,7 @@ class Execution:
     ) -> Outcome:
         """Call the handler, until all that it asks for is in memory."""
         begun = len(unit.events)
+        unit.may_take = not part.handling.blocking
         while True:
             try:
                 handler = part.handling.handler
@@ -218,34 +228,37 @@ class Execution:
             await self._take_all(unit, missing)
 
     async def _take_all(self, unit: Unit, wanted: Mapping[UUID, type[Aggregate]]) -> None:
-        """Take aggregates in hand in the order of their ids, waiting for each; read the absent."""
-        absent: list[UUID] = []
+        """Take aggregates in hand in the order of their ids, waiting for each.
+
+        Those that are not in memory are read, of those that are behind what they miss.
+        """
+        absent: dict[UUID, Aggregate | None] = {}
         for aggregate_id in sorted(wanted, key=_number):
             if self._memory.is_taken(aggregate_id):
                 await self._memory.wait_for(aggregate_id)
-            aggregate = self._memory.take(aggregate_id)
-            unit.taken.append(aggregate_id)
-            if aggregate is None:
-                absent.append(aggregate_id)
-            else:
-                unit.loaded[aggregate_id] = aggregate
-                unit.based_on[aggregate_id] = aggregate.version
+            aggregate, is_current = self._memory.take(aggregate_id)
+            unit.hands[aggregate_id] = Hand(aggregate)
+            if not is_current:
+                absent[aggregate_id] = aggregate
         if absent:
-            unit.loaded.update(await self._read(self._load, absent))
+            for aggregate_id, aggregate in (await self._read(self._load, absent)).items():
+                unit.hands[aggregate_id] = Hand(aggregate, is_loaded=True)
 
-    def _load(self, aggregate_ids: Sequence[UUID]) -> dict[UUID, Aggregate | None]:
-        streams = self._log.streams(aggregate_ids)
+    def _load(self, behind: Mapping[UUID, Aggregate | None]) -> dict[UUID, Aggregate | None]:
+        after = {i: known.version for i, known in behind.items() if known is not None}
+        streams = self._log.streams(list(behind), after)
         decode = self._mapper.decode_all
-        return {i: project(None, decode(streams.get(i, ()))) for i in aggregate_ids}
+        return {i: project(known, decode(streams.get(i, ()))) for i, known in behind.items()}
 
-    def _save(self, unit: Unit, part: Dispatch[Any], value: object, begun: int) -> Save:
+    def _save(self, staged: _Staged) -> Save:
+        part, value, events, versions = staged
         encode = self._mapper.encode
         answer = None if isinstance(value, Receipt) else _dump_answer(part, value)
         return Save(
             part.command_id,
             part.name,
-            [encode(event) for event in unit.events[begun:]],
-            tuple(unit.versions.items()),
+            [encode(event) for event in events],
+            tuple(versions.items()),
             answer,
         )
 
@@ -261,10 +274,11 @@ class Execution:
         verdict = await self._writer.write(saves)
         match verdict:
             case Committed(positions):
-                unit.is_sound = True
+                unit.believed = Believed.AFTER
                 at = {s.command_id: p for s, p in zip(saves, positions, strict=True)}
                 return Ok(_complete(parts, values, at))
             case Stale() | Repeated():
+                unit.believed = Believed.BEHIND
                 found = await self._known(part for part in parts if part.command_id not in known)
                 if found:
                     raise _Again({**known, **found})
@@ -272,6 +286,7 @@ class Execution:
             case Failed(reason, in_doubt=False):
                 return Err(EventStoreUnavailable(reason))
             case Failed():
+                unit.believed = Believed.BEHIND
                 ids = {save.command_id for save in saves}
                 try:
                     done = await self._known(part for part in parts if part.command_id in ids)

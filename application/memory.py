@@ -3,11 +3,67 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import date, time, timedelta
+from decimal import Decimal
+from enum import Enum
 from uuid import UUID
 
 from cachetools import LRUCache
 
-from leftfold.domain import Aggregate
+from leftfold.domain import Aggregate, Personal
+
+IMMUTABLE = (
+    *(str, int, float, bool, bytes, type(None), Decimal, date, time, timedelta, UUID),
+    *(Enum, Personal),
+)
+
+NOT_THERE = (None, False)
+
+
+class Hand:
+    """An aggregate in a dispatch's hand, and how it was when it was taken."""
+
+    __slots__ = ("_sealed_version", "_state", "aggregate", "is_loaded", "is_taken", "version")
+
+    def __init__(
+        self, aggregate: Aggregate | None, *, is_loaded: bool = False, is_taken: bool = True
+    ) -> None:
+        """Take an aggregate in hand; None if it does not exist, or is not in memory."""
+        self.aggregate = aggregate
+        self.is_loaded = is_loaded
+        """The store was asked for it, so that it is not older than the dispatch."""
+        self.is_taken = is_taken
+        """Others wait for it; if not, the dispatch has made it and nobody knows of it."""
+        self.version = 0
+        self._sealed_version = 0
+        self._state: dict[str, object] = {}
+        if aggregate is not None:
+            self.version = aggregate._version
+            self._state = vars(aggregate).copy()
+
+    def seal(self) -> None:
+        """Note the version that the dispatch leaves it at."""
+        if self.aggregate is not None:
+            self._sealed_version = self.aggregate._version
+
+    def after(self) -> Aggregate | None:
+        """Return the aggregate if nobody changed it since it was sealed."""
+        aggregate = self.aggregate
+        if aggregate is None or aggregate._version != self._sealed_version:
+            return None
+        return None if aggregate._pending_events else aggregate
+
+    def before(self) -> Aggregate | None:
+        """Return the aggregate as it was taken; None if its parts may have been changed."""
+        if not self.version:
+            return None
+        for name, value in self._state.items():
+            if name != "_pending_events" and not isinstance(value, IMMUTABLE):
+                return None
+        assert self.aggregate is not None  # noqa: S101 - it has a version
+        again: Aggregate = object.__new__(type(self.aggregate))
+        vars(again).update(self._state, _pending_events=[])
+        return again
 
 
 class Memory:
@@ -15,17 +71,30 @@ class Memory:
 
     def __init__(self, size: int) -> None:
         """Keep at most `size` idle aggregates; the least recently used go first."""
-        self._idle: LRUCache[UUID, Aggregate] = LRUCache(size)
+        self._idle: LRUCache[UUID, tuple[Aggregate, bool]] = LRUCache(size)
         self._waiting: dict[UUID, list[asyncio.Future[None]]] = {}
 
     def is_taken(self, aggregate_id: UUID) -> bool:
         """Tell whether a dispatch has the aggregate in hand."""
         return aggregate_id in self._waiting
 
-    def take(self, aggregate_id: UUID) -> Aggregate | None:
-        """Take a free aggregate in hand; None if it is not in memory."""
+    def take(self, aggregate_id: UUID) -> tuple[Aggregate | None, bool]:
+        """Take a free aggregate; return it if it is in memory, and whether it is not behind."""
         self._waiting[aggregate_id] = []
-        return self._idle.pop(aggregate_id, None)
+        return self._idle.pop(aggregate_id, NOT_THERE)
+
+    def take_current(self, aggregate_id: UUID) -> Hand | None:
+        """Take an aggregate in hand if it is free, in memory, and not known to be behind."""
+        if aggregate_id in self._waiting:
+            return None
+        aggregate, is_current = self._idle.pop(aggregate_id, NOT_THERE)
+        if aggregate is None:
+            return None
+        if not is_current:
+            self._idle[aggregate_id] = aggregate, False
+            return None
+        self._waiting[aggregate_id] = []
+        return Hand(aggregate)
 
     async def wait_for(self, aggregate_id: UUID) -> None:
         """Wait until nobody has the aggregate in hand."""
@@ -34,10 +103,12 @@ class Memory:
             waiting.append(free)
             await free
 
-    def let_go(self, aggregate_id: UUID, aggregate: Aggregate | None) -> None:
+    def let_go(
+        self, aggregate_id: UUID, aggregate: Aggregate | None, *, is_current: bool = True
+    ) -> None:
         """Let go of an aggregate, and keep it if it is given."""
         if aggregate is not None:
-            self._idle[aggregate_id] = aggregate
+            self._idle[aggregate_id] = aggregate, is_current
         for free in self._waiting.pop(aggregate_id, ()):
             if not free.done():
                 free.set_result(None)

@@ -12,6 +12,7 @@ from leftfold.application.projection import Projection
 from leftfold.domain import ALWAYS, Specification
 
 T = TypeVar("T")
+NOTHING: Mapping[UUID, int] = {}
 R = TypeVar("R")
 
 
@@ -139,8 +140,13 @@ class Log(Protocol):
         """Write groups in their order; each gets its own verdict."""
         ...
 
-    def streams(self, aggregate_ids: Sequence[UUID]) -> dict[UUID, list[EncodedEvent]]:
-        """Return the events of each aggregate by version; an absent one has none."""
+    def streams(
+        self, aggregate_ids: Sequence[UUID], after: Mapping[UUID, int] = NOTHING
+    ) -> dict[UUID, list[EncodedEvent]]:
+        """Return the events of each aggregate by version; an absent one has none.
+
+        Of aggregates in `after` only those beyond the version named there.
+        """
         ...
 
     def versions(self, aggregate_ids: Sequence[UUID]) -> dict[UUID, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
+from enum import Enum
 from typing import Any, ClassVar, TypeVar
 from uuid import UUID, uuid4
 
@@ -15,11 +16,14 @@ from eventsourcing.utils import Environment, EnvType
 
 from leftfold.application.errors import DispatchOverError
 from leftfold.application.mapper import EventMapper
+from leftfold.application.memory import Hand, Memory
 from leftfold.application.messages import Handling
 from leftfold.application.receipt import Receipt
 from leftfold.domain import Aggregate, AggregateNotFound, Event, project
 
 A = TypeVar("A", bound=Aggregate)
+
+NO_COMMAND = UUID(int=0)
 
 
 class NotInMemory(BaseException):
@@ -33,85 +37,115 @@ class NotInMemory(BaseException):
         self.wanted = wanted
 
 
+class Believed(Enum):
+    """How the aggregates of a unit may stay in memory when it ends."""
+
+    BEFORE = 0
+    """As they were taken: nothing was written."""
+    BEHIND = 1
+    """As they were taken, but the store has newer ones."""
+    AFTER = 2
+    """As they are now: the store has them so."""
+
+
 class Unit:
     """What one dispatch has in hand and what it staged; committed by the runtime, or dropped.
 
-    `taken` are the aggregates that no other dispatch may use meanwhile; `based_on` the versions
-    of those that were in memory, and so may be older than the store's. It `is_sound` once its
-    aggregates are known to be as the store has them, so that they may stay in memory.
+    No other dispatch may use what is in its `hands` meanwhile.
     """
 
     __slots__ = (
-        "based_on",
+        "_memory",
+        "_used",
+        "believed",
         "command_id",
         "events",
-        "is_sound",
-        "loaded",
+        "hands",
+        "may_take",
         "sealed",
-        "taken",
-        "used",
         "versions",
     )
 
-    def __init__(self) -> None:
-        self.loaded: dict[UUID, Aggregate | None] = {}
+    def __init__(self, memory: Memory) -> None:
+        """Take aggregates from this memory."""
+        self._memory = memory
+        self.hands: dict[UUID, Hand] = {}
         self.events: list[Event] = []
         self.versions: dict[UUID, int] = {}
-        self.used: list[Aggregate | None] = []
-        self.command_id = UUID(int=0)
-        self.taken: list[UUID] = []
-        self.based_on: dict[UUID, int] = {}
-        self.is_sound = False
-        self.sealed: dict[UUID, int] | None = None
+        self._used: list[Aggregate | None] = []
+        self.command_id = NO_COMMAND
+        self.believed = Believed.BEFORE
+        self.may_take = True
+        """The handler runs on the loop, where what is free can be taken in passing."""
+        self.sealed = False
 
     def find(self, aggregate_type: type[A], aggregate_ids: Sequence[UUID]) -> list[A | None]:
-        """Return aggregates in hand. Raises `NotInMemory`."""
-        if self.sealed is not None:
+        """Return aggregates in hand, taking those that are free and in memory.
+
+        Raises `NotInMemory`.
+        """
+        if self.sealed:
             raise DispatchOverError
-        loaded = self.loaded
-        try:
-            found: list[Any] = [loaded[aggregate_id] for aggregate_id in aggregate_ids]
-        except KeyError:
-            raise NotInMemory(
-                {i: aggregate_type for i in aggregate_ids if i not in loaded}
-            ) from None
-        self.used += found
+        hands = self.hands
+        found: list[Any] = []
+        missing: dict[UUID, type[Aggregate]] = {}
+        for aggregate_id in aggregate_ids:
+            hand = hands.get(aggregate_id)
+            if hand is None and self.may_take:
+                hand = self._memory.take_current(aggregate_id)
+            if hand is None:
+                missing[aggregate_id] = aggregate_type
+            else:
+                hands[aggregate_id] = hand
+                found.append(hand.aggregate)
+        if missing:
+            raise NotInMemory(missing)
+        self._used += found
         return found
 
     def save(self, aggregates: Iterable[Aggregate]) -> Receipt:
         """Stage what the aggregates recorded."""
-        if self.sealed is not None:
+        if self.sealed:
             raise DispatchOverError
         for aggregate in aggregates:
             self.events.extend(aggregate._pending_events)  # type: ignore[arg-type]  # typed by the library as its own base class
             aggregate._pending_events.clear()
-            self.versions[aggregate.id] = aggregate.version
-            self.loaded[aggregate.id] = aggregate
+            aggregate_id = aggregate._id
+            self.versions[aggregate_id] = aggregate._version
+            hand = self.hands.get(aggregate_id)
+            if hand is None:
+                self.hands[aggregate_id] = hand = Hand(None, is_taken=False)
+            hand.aggregate = aggregate
         return Receipt(self.command_id, tuple(self.versions.items()), 0)
 
     def begin_command(self, command_id: UUID) -> None:
         """Stage what follows for this command."""
         self.command_id = command_id
         self.versions = {}
-        self.used = []
+        self._used = []
 
     def seal(self) -> None:
         """Take no more: what a task of the handler does from now on would be lost."""
-        if self.sealed is None:
-            self.sealed = {i: a.version for i, a in self.loaded.items() if a is not None}
+        if not self.sealed:
+            self.sealed = True
+            for hand in self.hands.values():
+                hand.seal()
 
-    def keep(self, aggregate_id: UUID) -> Aggregate | None:
-        """Return an aggregate that may stay in memory: as it was when the unit was sealed."""
-        aggregate = self.loaded.get(aggregate_id)
-        if not self.is_sound or aggregate is None or self.sealed is None:
-            return None
-        is_as_sealed = self.sealed.get(aggregate_id) == aggregate.version
-        return aggregate if is_as_sealed and not aggregate._pending_events else None
+    def let_go(self) -> None:
+        """Let others use the aggregates, and keep in memory what can be believed."""
+        is_after, is_current = (
+            self.believed is Believed.AFTER,
+            self.believed is not Believed.BEHIND,
+        )
+        for aggregate_id, hand in self.hands.items():
+            if hand.is_taken:
+                aggregate = hand.after() if is_after else hand.before()
+                self._memory.let_go(aggregate_id, aggregate, is_current=is_current)
 
     @property
     def is_changed(self) -> bool:
         """An aggregate that the command uses has events that are not saved."""
-        return any(a is not None and a._pending_events for a in self.used)
+        return any(a is not None and a._pending_events for a in self._used)
 
 
 current_unit: ContextVar[Unit | None] = ContextVar("leftfold_unit", default=None)

@@ -82,8 +82,9 @@ class Follower(Generic[R]):
         self._is_stopping = False
 
     def wake(self) -> None:
-        """Look at the log now."""
-        self._hint.set()
+        """Look at the log now, if that is of use to somebody."""
+        if self.folds or self._waiting:
+            self._hint.set()
 
     def stop(self) -> None:
         """End after the page under way."""

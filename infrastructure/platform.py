@@ -25,6 +25,7 @@ THREADS = 6
 """One writes, the others read and fold."""
 OWN_THREADS = 32
 """Handlers that block at a time, at most; further ones wait."""
+IDS_AT_ONCE = 256
 PATIENCE = 5.0
 """Seconds that closing waits for threads; what hangs longer is left behind."""
 FORK_PATIENCE = 1.0
@@ -75,7 +76,7 @@ class SystemPlatform:
         return random_number()
 
     def new_id(self) -> uuid.UUID:
-        return uuid.uuid4()
+        return _ids.new()
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
@@ -115,6 +116,26 @@ class SystemPlatform:
             return
         thread.join()  # it has nothing left to do
         ended.result()
+
+
+class _Ids:
+    """Random ids (RFC 9562, version 4), drawn many at a time: each draw is a system call."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def new(self) -> uuid.UUID:
+        try:
+            drawn = self._drawn.pop()
+        except IndexError:
+            block = os.urandom(16 * IDS_AT_ONCE)
+            self._drawn += [block[at : at + 16] for at in range(16, len(block), 16)]
+            drawn = block[:16]
+        return uuid.UUID(bytes=drawn, version=4)
+
+    def forget(self) -> None:
+        """In a child by fork: what was drawn is the parent's."""
+        self._drawn: list[bytes] = []
 
 
 async def _run_in(executor: ThreadPoolExecutor, function: Callable[..., T], *args: Any) -> T:
@@ -265,6 +286,7 @@ def _called_at_work(function: Callable[..., T], *args: Any) -> T:
         return function(*args)
 
 
+_ids = _Ids()
 sigterm = Sigterm()
 at_work = AtWork()
 
@@ -273,3 +295,4 @@ if hasattr(os, "register_at_fork"):  # not on Windows
         os.register_at_fork(
             before=each.hold, after_in_parent=each.go_on, after_in_child=each.forget
         )
+    os.register_at_fork(after_in_child=_ids.forget)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -11,6 +12,7 @@ from eventsourcing.popo import POPOProcessRecorder
 
 from leftfold.application import Projection
 from leftfold.application.ports import (
+    NOTHING,
     Committed,
     EncodedEvent,
     Group,
@@ -79,11 +81,16 @@ class MemoryLog(POPOProcessRecorder):
             chosen.reverse()
         return chosen[:limit]
 
-    def streams(self, aggregate_ids: Sequence[UUID]) -> dict[UUID, list[EncodedEvent]]:
+    def streams(
+        self, aggregate_ids: Sequence[UUID], after: Mapping[UUID, int] = NOTHING
+    ) -> dict[UUID, list[EncodedEvent]]:
         with self._database_lock:
             events, index = self._stored_events, self._stored_events_index
             return {
-                i: [_encoded(i, events[at]) for at in index.get(str(i), {}).values()]
+                i: [
+                    _encoded(i, events[at])
+                    for at in islice(index.get(str(i), {}).values(), after.get(i, 0), None)
+                ]
                 for i in aggregate_ids
             }
 

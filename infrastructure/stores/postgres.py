@@ -26,6 +26,7 @@ from psycopg.rows import DictRow, TupleRow, dict_row, tuple_row
 
 from leftfold.application import Projection
 from leftfold.application.ports import (
+    NOTHING,
     Committed,
     EncodedEvent,
     Failed,
@@ -34,7 +35,6 @@ from leftfold.application.ports import (
     Order,
     RecordedCommand,
     Repeated,
-    Save,
     Seek,
     Stale,
     Verdict,
@@ -58,6 +58,12 @@ from leftfold.infrastructure.stores.common import (
     encoded,
     load_aggregates,
 )
+from leftfold.infrastructure.stores.postgres_schema import (
+    CALL_COMMIT,
+    CALL_INSERT,
+    LOCK,
+    STATEMENTS,
+)
 from leftfold.infrastructure.tables import POSTGRES, ViewTable
 
 R = TypeVar("R")
@@ -69,39 +75,7 @@ CONNECT_TIMEOUT = 1.0
 """Seconds to wait for a connection; one that takes longer is there for the next attempt."""
 KEEPALIVE = {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3}
 """Seconds, and probes: a peer that is gone is noticed, also where nothing is under way."""
-MAX_INSERTED = 1_000  # events in one INSERT
-# The lock makes the order of commits the order of positions.
-LOCK = "LOCK TABLE stored_events IN EXCLUSIVE MODE; NOTIFY stored_events"
-
-TABLES = (
-    """CREATE TABLE IF NOT EXISTS stored_events (
-        originator_id uuid NOT NULL,
-        originator_version bigint NOT NULL,
-        topic text NOT NULL,
-        state bytea NOT NULL,
-        notification_id bigserial UNIQUE,
-        PRIMARY KEY (originator_id, originator_version))""",
-    """CREATE TABLE IF NOT EXISTS leftfold_commands (
-        command_id uuid PRIMARY KEY,
-        command text NOT NULL,
-        recorded_at timestamptz NOT NULL DEFAULT now(),
-        position bigint NOT NULL,
-        aggregates text NOT NULL,
-        answer bytea)""",
-    """CREATE TABLE IF NOT EXISTS leftfold_checkpoints (
-        name text NOT NULL,
-        version int NOT NULL,
-        position bigint NOT NULL,
-        definition text NOT NULL,
-        owner text,
-        epoch bigint NOT NULL DEFAULT 0,
-        lease timestamptz,
-        PRIMARY KEY (name, version))""",
-    """CREATE TABLE IF NOT EXISTS notification_tracking (
-        application_name text PRIMARY KEY,
-        notification_id bigint)""",
-    "CREATE TABLE IF NOT EXISTS leftfold_schema (version int NOT NULL)",
-)
+REFUSALS: Mapping[str, Verdict] = {"stale": Stale(), "repeated": Repeated()}
 
 
 class PostgresDatabase(PostgresDatastore):
@@ -207,50 +181,42 @@ class PostgresLog(Notifying, PostgresProcessRecorder):
     # The application's port
 
     def commit(self, groups: Sequence[Group]) -> list[Verdict]:
-        if len(groups) > 1:
-            together = [save for group in groups for save in group]
-            verdict = self._write(together)
-            if isinstance(verdict, Committed):
-                each = iter(verdict.positions)
-                return [Committed(tuple(next(each) for _ in group)) for group in groups]
-            if isinstance(verdict, Failed):
-                return [verdict] * len(groups)
-        return [self._write(group) for group in groups]
-
-    def _write(self, saves: Group) -> Verdict:
-        is_committing = False
+        is_sent = False
         try:
             with (
                 self.datastore.get_connection() as connection,
-                connection.cursor(row_factory=tuple_row) as cursor,
+                connection.cursor(row_factory=tuple_row, binary=True) as cursor,
             ):
+                arguments = _arguments(groups)
+                is_sent = True
                 try:
-                    cursor.execute(f"BEGIN; {LOCK}".encode())
-                    positions = _insert_saves(cursor, saves)
-                    is_committing = True
-                    cursor.execute("COMMIT")
-                except psycopg.errors.UniqueViolation as error:
-                    connection.rollback()
-                    return _verdict(error)
-                except BaseException:
-                    with contextlib.suppress(psycopg.Error):
-                        connection.rollback()
+                    # One statement outside of a transaction: its end is the commit.
+                    answer = cursor.execute(CALL_COMMIT, arguments, prepare=True).fetchone()
+                except psycopg.Error as error:
+                    is_sent = error.sqlstate is None  # what the server refuses it has not written
                     raise
         except PersistenceError as error:
-            return Failed(str(error), in_doubt=is_committing)
-        return Committed(tuple(positions))
+            return [Failed(str(error), in_doubt=is_sent)] * len(groups)
+        verdicts, positions = answer or ((), ())
+        positions = positions or ()  # without commands there are none
+        found: list[Verdict] = []
+        end = 0
+        for group, verdict in zip(groups, verdicts, strict=True):
+            begin, end = end, end + len(group)
+            found.append(REFUSALS.get(verdict) or Committed(tuple(positions[begin:end])))
+        return found
 
-    def streams(self, aggregate_ids: Sequence[UUID]) -> dict[UUID, list[EncodedEvent]]:
+    def streams(
+        self, aggregate_ids: Sequence[UUID], after: Mapping[UUID, int] = NOTHING
+    ) -> dict[UUID, list[EncodedEvent]]:
         found: dict[UUID, list[EncodedEvent]] = {i: [] for i in aggregate_ids}
         with self.datastore.reading(binary=True) as cursor:
-            if len(aggregate_ids) == 1:
-                where, value = "= %s", aggregate_ids[0]
-            else:
-                where, value = "= ANY(%s)", list(aggregate_ids)  # type: ignore[assignment]  # either fits its mark
             cursor.execute(
-                "SELECT originator_id, originator_version, topic, state FROM stored_events "
-                f"WHERE originator_id {where} ORDER BY originator_id, originator_version",
-                (value,),
+                "SELECT originator_id, originator_version, topic, state "
+                "FROM unnest(%s::uuid[], %s::bigint[]) AS wanted (id, version) "
+                "JOIN stored_events ON originator_id = id AND originator_version > version "
+                "ORDER BY originator_id, originator_version",
+                (list(aggregate_ids), [after.get(i, 0) for i in aggregate_ids]),
                 prepare=True,
             )
             for values in cursor:
@@ -306,12 +272,13 @@ class PostgresLog(Notifying, PostgresProcessRecorder):
     def insert_events(self, stored_events: Sequence[StoredEvent], **kwargs: Any) -> list[int]:
         with self.datastore.writing() as cursor:
             cursor.execute(LOCK)
-            positions = _insert_events(cursor, encoded(stored_events))
+            cursor.execute(CALL_INSERT, _columns(encoded(stored_events)))
+            (positions,) = cursor.fetchone() or ((),)
             tracking: Tracking | None = kwargs.get("tracking")
             if tracking is not None:
                 rows = cursor.connection.cursor(row_factory=dict_row)
                 self._insert_tracking(rows, tracking)
-        return positions
+        return list(positions or ())
 
     def select_events(
         self,
@@ -334,50 +301,39 @@ class PostgresLog(Notifying, PostgresProcessRecorder):
             return [StoredEvent(originator_id, *values) for values in cursor]
 
 
-def _insert_events(cursor: Cursor, events: Sequence[EncodedEvent]) -> list[int]:
-    positions: list[int] = []
-    for begin in range(0, len(events), MAX_INSERTED):
-        chunk = events[begin : begin + MAX_INSERTED]
-        cursor.execute(
-            "INSERT INTO stored_events (originator_id, originator_version, topic, state) "
-            "SELECT i, v, t, s FROM unnest(%b::uuid[], %b::bigint[], %b::text[], %b::bytea[]) "
-            "WITH ORDINALITY AS e (i, v, t, s, n) ORDER BY n RETURNING notification_id",
-            (
-                [e.aggregate_id for e in chunk],
-                [e.version for e in chunk],
-                [e.topic for e in chunk],
-                [e.state for e in chunk],
-            ),
-            prepare=True,
-        )
-        positions += [position for (position,) in cursor]
-    return positions
-
-
-def _insert_saves(cursor: Cursor, saves: Sequence[Save]) -> list[int]:
-    at = _insert_events(cursor, [event for save in saves for event in save.events])
-    positions: list[int] = []
+def _arguments(groups: Sequence[Group]) -> tuple[list[Any], ...]:
+    """Return the arguments of `leftfold_commit`."""
+    saves = [save for group in groups for save in group]
+    events = [event for save in saves for event in save.events]
+    lasts: list[int] = []
+    event_ends: list[int] = []
+    command_ends: list[int] = []
     end = 0
-    for save in saves:
-        end += len(save.events)
-        positions.append(at[end - 1] if save.events else 0)
-    cursor.execute(
-        "INSERT INTO leftfold_commands (command_id, command, position, aggregates, answer) "
-        "SELECT * FROM unnest(%b::uuid[], %b::text[], %b::bigint[], %b::text[], %b::bytea[])",
-        (
-            [save.command_id for save in saves],
-            [save.command for save in saves],
-            positions,
-            [dump_aggregates(save.aggregates) for save in saves],
-            [save.answer for save in saves],
-        ),
-        prepare=True,
+    for group in groups:
+        for save in group:
+            end += len(save.events)
+            lasts.append(end if save.events else 0)
+        event_ends.append(end)
+        command_ends.append(len(lasts))
+    return (
+        *_columns(events),
+        [save.command_id for save in saves],
+        [save.command for save in saves],
+        [dump_aggregates(save.aggregates) for save in saves],
+        [save.answer for save in saves],
+        lasts,
+        event_ends,
+        command_ends,
     )
-    return positions
 
 
-def _verdict(error: psycopg.errors.UniqueViolation) -> Verdict:
-    return Repeated() if error.diag.table_name == "leftfold_commands" else Stale()
+def _columns(events: Sequence[EncodedEvent]) -> tuple[list[Any], ...]:
+    return (
+        [event.aggregate_id for event in events],
+        [event.version for event in events],
+        [event.topic for event in events],
+        [event.state for event in events],
+    )
 
 
 class PostgresViews(Tables):
@@ -506,7 +462,7 @@ class PostgresStore:
         if made is not None and made[0] is None and made[1] is not None:
             raise StoreUnavailableError(self.name, f"its table {theirs} was not made by leftfold")
         if create_tables:
-            for statement in TABLES:
+            for statement in STATEMENTS:
                 cursor.execute(statement.encode())
             if not cursor.execute("SELECT 1 FROM leftfold_schema").fetchone():
                 cursor.execute("INSERT INTO leftfold_schema VALUES (%s)", (SCHEMA_VERSION,))

@@ -30,6 +30,7 @@ from eventsourcing.sqlite import (
 
 from leftfold.application import Projection
 from leftfold.application.ports import (
+    NOTHING,
     Committed,
     EncodedEvent,
     Failed,
@@ -255,14 +256,17 @@ class SQLiteLog(Notifying, SQLiteProcessRecorder):
             return [Failed(str(error), in_doubt=False)] * len(groups)
         return [Committed(tuple(islice(positions, len(group)))) for group in groups]
 
-    def streams(self, aggregate_ids: Sequence[UUID]) -> dict[UUID, list[EncodedEvent]]:
+    def streams(
+        self, aggregate_ids: Sequence[UUID], after: Mapping[UUID, int] = NOTHING
+    ) -> dict[UUID, list[EncodedEvent]]:
         found: dict[UUID, list[EncodedEvent]] = {}
         with self.datastore.reading() as cursor:
             for aggregate_id in aggregate_ids:
                 cursor.execute(
                     "SELECT originator_version, topic, state FROM stored_events "
-                    "WHERE originator_id = ? ORDER BY originator_version",
-                    (aggregate_id.bytes,),
+                    "WHERE originator_id = ? AND originator_version > ? "
+                    "ORDER BY originator_version",
+                    (aggregate_id.bytes, after.get(aggregate_id, 0)),
                 )
                 found[aggregate_id] = [EncodedEvent(aggregate_id, *values) for values in cursor]
         return found
