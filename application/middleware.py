@@ -6,15 +6,13 @@ import asyncio
 import logging
 from typing import Any
 
-from tenacity import AsyncRetrying, RetryCallState, retry_if_result, stop_after_attempt
-
 from leftfold.application.bus import Dispatch, Middleware, Outcome, Step
 from leftfold.application.errors import Conflict, OutcomeUnknown
 from leftfold.application.ports import Platform
 from leftfold.domain import Err
 
 FIRST_DELAY = 0.001
-"""Seconds; the longest first wait after a conflict is twice that."""
+"""Seconds; the longest wait before the third attempt is four times that."""
 
 _log = logging.getLogger("leftfold.bus")
 
@@ -61,32 +59,18 @@ def conflict_retry(
 ) -> Middleware:
     """Handle a command again after a `Conflict`: up to `max_attempts` times in all.
 
-    The waits grow exponentially with full jitter, up to `max_delay` seconds.
+    The first time at once: who was first is known to be done. Then after waits that grow
+    exponentially with full jitter, up to `max_delay` seconds.
     """
 
     async def around(dispatch: Dispatch[Any], call_next: Step) -> Outcome:
         outcome = await call_next(dispatch)
-        if not _is_conflict(outcome) or max_attempts < 2:  # noqa: PLR2004 - one attempt was made
-            return outcome
-
-        async def attempt() -> Outcome:
-            return await call_next(dispatch)
-
-        def wait(state: RetryCallState) -> float:
-            longest: float = min(max_delay, FIRST_DELAY * 2**state.attempt_number)
-            return platform.random() * longest
-
-        retrying = AsyncRetrying(
-            stop=stop_after_attempt(max_attempts - 1),
-            wait=wait,
-            retry=retry_if_result(_is_conflict),
-            retry_error_callback=lambda state: state.outcome.result() if state.outcome else outcome,
-            sleep=platform.sleep,
-        )
-        return await retrying(attempt)
+        for attempt in range(1, max_attempts):
+            if not isinstance(outcome, Err) or not isinstance(outcome.error, Conflict):
+                return outcome
+            if attempt > 1:
+                await platform.sleep(platform.random() * min(max_delay, FIRST_DELAY * 2**attempt))
+            outcome = await call_next(dispatch)
+        return outcome
 
     return around
-
-
-def _is_conflict(outcome: Outcome) -> bool:
-    return isinstance(outcome, Err) and isinstance(outcome.error, Conflict)

@@ -122,6 +122,8 @@ class Failed:
 Verdict: TypeAlias = Committed | Stale | Repeated | Failed
 Group: TypeAlias = Sequence[Save]
 """Saves that are written all or none."""
+Commit: TypeAlias = Callable[[Sequence[Group]], Awaitable[list[Verdict]]]
+"""Writes groups in their order; each gets its own verdict."""
 
 
 class Log(Protocol):
@@ -278,6 +280,10 @@ class Store(Protocol):
 
     def heard(self) -> bool:
         """Take what became readable; False if there is nothing to listen to any more."""
+        ...
+
+    def committing(self) -> Commit | None:
+        """Return what does the same as `log.commit` on the running loop, without a thread."""
         ...
 
     def cut(self, seconds: float) -> None:

@@ -37,7 +37,7 @@ class Writer:
         if not self._is_draining:
             self._is_draining = True
             self._platform.spawn(self._drain())
-        return await asyncio.shield(answer)
+        return await answer
 
     async def drain(self) -> None:
         """Wait until all that was given is written, also what nobody waits for any more."""
@@ -52,10 +52,12 @@ class Writer:
                     verdicts = await self._access.commit(groups)
                 except Exception as error:  # noqa: BLE001 - each waiting dispatch raises it
                     for answer in answers:
-                        answer.set_exception(error)
+                        if not answer.done():
+                            answer.set_exception(error)
                     continue
                 for answer, verdict in zip(answers, verdicts, strict=True):
-                    answer.set_result(verdict)
+                    if not answer.done():  # its caller has gone away
+                        answer.set_result(verdict)
                 if any(isinstance(verdict, Committed) for verdict in verdicts):
                     self._committed()
         finally:

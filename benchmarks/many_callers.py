@@ -3,8 +3,8 @@
 Plain eventsourcing runs 32 threads, each of which loads an item, sells, saves, and tries again
 after a conflict. leftfold runs 32 tasks of one runtime with command ids and receipts; neither side
 has a view that follows meanwhile. "Beside another process" is the same while a second process, of
-the same kind on either side, sells the same items as fast as four callers can; its sales are not
-counted.
+the same kind, sells the same items by four callers: 100 pieces a second on either side, or "flat
+out", as many as each can. Its sales are not counted.
 
 At the end of each side the stock is compared with what all have sold.
 
@@ -31,6 +31,7 @@ from leftfold.infrastructure import Runtime, Settings
 from leftfold.infrastructure.items import open_items
 
 CALLERS, RIVALS, ITEMS, STOCK = 32, 4, 200, 10**6
+PACE = 100  # sales of all rivals in a second
 OURS, PLAIN = (20, 4) if QUICK else (200, 12)  # commands of each caller in a round
 ROUNDS = 2 if QUICK else 5
 SKUS = [f"S{n}" for n in range(ITEMS)]
@@ -53,16 +54,21 @@ class Turn:
 def main() -> None:
     for kind, (alone, contended) in TARGETS.items():
         with stores(kind) as new_store:
-            compare(f"{CALLERS} callers, {kind}", new_store, alone, rival=False)
-            name = f"{CALLERS} callers beside another process, {kind}"
-            compare(name, new_store, contended, rival=True)
+            compare(f"{CALLERS} callers, {kind}", new_store, alone, None)
+            beside_another = f"{CALLERS} callers beside another process, {kind}"
+            compare(beside_another, new_store, contended, RIVALS / PACE)
+            compare(f"{beside_another}, flat out", new_store, "", 0)
 
 
-def compare(name: str, new_store: Callable[[], str], target: str, *, rival: bool) -> None:
+def compare(name: str, new_store: Callable[[], str], target: str, pause: float | None) -> None:
+    """Print how many times the commands of plain ours carries out in a second.
+
+    A rival's callers pause some seconds after each sale; there is none if that is None.
+    """
     rates: list[float] = []
     p99s: list[float] = []
     surfaced = 0
-    with plain_side(new_store(), rival=rival) as plain, our_side(new_store(), rival=rival) as ours:
+    with plain_side(new_store(), pause) as plain, our_side(new_store(), pause) as ours:
         for number in range(ROUNDS):
             sides = (plain, ours) if number % 2 == 0 else (ours, plain)
             turns = {side: side() for side in sides}
@@ -79,13 +85,13 @@ def compare(name: str, new_store: Callable[[], str], target: str, *, rival: bool
 
 
 @contextmanager
-def our_side(url: str, *, rival: bool) -> Iterator[Callable[[], Turn]]:
+def our_side(url: str, pause: float | None) -> Iterator[Callable[[], Turn]]:
     sold = 0
     with asyncio.Runner() as runner:
         shop = runner.run(open_items(settings=Settings(store=url, follow=False)).open())
         try:
             runner.run(register(shop))
-            with beside(our_rival if rival else None, url) as sell_beside:
+            with beside(our_rival, url, pause) as sell_beside:
 
                 def turn() -> Turn:
                     nonlocal sold
@@ -140,12 +146,12 @@ def sale(sku: str) -> SellStock:
 
 
 @contextmanager
-def plain_side(url: str, *, rival: bool) -> Iterator[Callable[[], Turn]]:
+def plain_side(url: str, pause: float | None) -> Iterator[Callable[[], Turn]]:
     sold = 0
     with closing(plain_items(url)) as plain, ThreadPoolExecutor(CALLERS) as threads:
         for sku in SKUS:
             plain.save(PlainItem(sku=sku, name="LANTERN", unit_price=PRICE, opening_stock=STOCK))
-        with beside(plain_rival if rival else None, url) as sell_beside:
+        with beside(plain_rival, url, pause) as sell_beside:
 
             def turn() -> Turn:
                 nonlocal sold
@@ -195,14 +201,14 @@ def check(left: int, sold: int) -> None:
 class Beside:
     """A process that sells inside of `with` blocks, and counts what it sold."""
 
-    def __init__(self, rival: Rival | None, url: str) -> None:
+    def __init__(self, rival: Rival, url: str, pause: float | None) -> None:
         self.sold = 0
         self._go, self._is_over = FORK.Event(), FORK.Event()
         self._idle = FORK.Event()
         self._counted = FORK.Value("i", 0)
         self._process = None
-        if rival is not None:
-            args = (url, self._go, self._idle, self._is_over, self._counted)
+        if pause is not None:
+            args = (url, pause, self._go, self._idle, self._is_over, self._counted)
             self._process = FORK.Process(target=rival, args=args)
             self._process.start()
             self._idle.wait()
@@ -229,15 +235,15 @@ Rival = Callable[..., None]
 
 
 @contextmanager
-def beside(rival: Rival | None, url: str) -> Iterator[Beside]:
-    process = Beside(rival, url)
+def beside(rival: Rival, url: str, pause: float | None) -> Iterator[Beside]:
+    process = Beside(rival, url, pause)
     try:
         yield process
     finally:
         process.end()
 
 
-def our_rival(url, go, idle, is_over, counted) -> None:  # type: ignore[no-untyped-def]  # multiprocessing's own kinds
+def our_rival(url, pause, go, idle, is_over, counted) -> None:  # type: ignore[no-untyped-def]  # multiprocessing's own kinds
     async def sell() -> None:
         async with open_items(settings=Settings(store=url, follow=False)) as shop:
             choose = random.Random(99)
@@ -246,6 +252,7 @@ def our_rival(url, go, idle, is_over, counted) -> None:  # type: ignore[no-untyp
                 while go.is_set():
                     outcome = await shop.commands.dispatch(sale(choose.choice(SKUS)))
                     counted.value += outcome.is_ok()
+                    await asyncio.sleep(pause)
 
             while not is_over.is_set():
                 idle.set()
@@ -256,7 +263,7 @@ def our_rival(url, go, idle, is_over, counted) -> None:  # type: ignore[no-untyp
     asyncio.run(sell())
 
 
-def plain_rival(url, go, idle, is_over, counted) -> None:  # type: ignore[no-untyped-def]  # multiprocessing's own kinds
+def plain_rival(url, pause, go, idle, is_over, counted) -> None:  # type: ignore[no-untyped-def]  # multiprocessing's own kinds
     with closing(plain_items(url)) as plain, ThreadPoolExecutor(RIVALS) as threads:
 
         def caller(number: int) -> None:
@@ -265,6 +272,7 @@ def plain_rival(url, go, idle, is_over, counted) -> None:  # type: ignore[no-unt
                 sell_plain(plain, choose.choice(SKUS))
                 with counted.get_lock():
                     counted.value += 1
+                time.sleep(pause)
 
         while not is_over.is_set():
             idle.set()

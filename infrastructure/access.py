@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from eventsourcing.persistence import (
@@ -13,7 +14,7 @@ from eventsourcing.persistence import (
 )
 
 from leftfold.application import EventStoreUnavailable
-from leftfold.application.ports import Failed, Group, Log, Platform, Verdict
+from leftfold.application.ports import Commit, Failed, Group, Log, Platform, Verdict
 from leftfold.infrastructure.resilience import (
     CircuitBreaker,
     CircuitOpenError,
@@ -35,11 +36,21 @@ class StoreAccess:
     """Asks a store, and keeps asking while it fails for a moment, but not while it is away."""
 
     def __init__(
-        self, log: Log, platform: Platform, *, name: str = "store", patience: float = 5.0
+        self,
+        log: Log,
+        platform: Platform,
+        *,
+        commit: Commit | None = None,
+        name: str = "store",
+        patience: float = 5.0,
     ) -> None:
-        """Ask a store's log and views; begin no retry after `patience` seconds."""
+        """Ask a store's log and views; begin no retry after `patience` seconds.
+
+        `commit` writes without a thread, where a store can.
+        """
         self._log = log
         self._platform = platform
+        self._commit = commit or partial(platform.in_thread, log.commit)
         self.breaker = CircuitBreaker(
             FAILURES, RECOVERY, name=name, failures=_has_failed, clock=platform.monotonic
         )
@@ -74,19 +85,16 @@ class StoreAccess:
     async def commit(self, groups: Sequence[Group]) -> list[Verdict]:
         """Write groups; again only if nothing of any of them was written."""
         try:
-            return await self._pipeline.call(
-                self._platform.in_thread, _Verdicts.of, self._log.commit, groups
-            )
+            return await self._pipeline.call(self._committed, groups)
         except CircuitOpenError as error:
             return [Failed(_unavailable(error).reason, in_doubt=False)] * len(groups)
+
+    async def _committed(self, groups: Sequence[Group]) -> _Verdicts:
+        return _Verdicts(await self._commit(groups))
 
 
 class _Verdicts(list[Verdict]):
     """What a commit answered: told from what a read did, which is never looked through."""
-
-    @classmethod
-    def of(cls, commit: Callable[[Sequence[Group]], list[Verdict]], groups: Any) -> _Verdicts:
-        return cls(commit(groups))
 
 
 def may_pass(error: Exception) -> bool:

@@ -312,7 +312,11 @@ class _Parts:
             for projection in model.projections
         }
         self.access = StoreAccess(
-            store.log, platform, name=store.name, patience=settings.lock_timeout
+            store.log,
+            platform,
+            commit=store.committing(),
+            name=store.name,
+            patience=settings.lock_timeout,
         )
         around = (*middleware, logged(platform))
         if telemetry is not None:

@@ -241,6 +241,9 @@ class MemoryStore:
     def heard(self) -> bool:
         return True
 
+    def committing(self) -> None:
+        """Commit by `log.commit` only."""
+
     def cut(self, seconds: float) -> None:
         """Cut nothing: nothing blocks."""
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from threading import Lock  # noqa: TID251 - no thread is started: callers are threads
 from typing import Any, TypeVar
 from uuid import UUID
@@ -27,6 +27,7 @@ from psycopg.rows import DictRow, TupleRow, dict_row, tuple_row
 from leftfold.application import Projection
 from leftfold.application.ports import (
     NOTHING,
+    Commit,
     Committed,
     EncodedEvent,
     Failed,
@@ -35,6 +36,7 @@ from leftfold.application.ports import (
     Order,
     RecordedCommand,
     Repeated,
+    Save,
     Seek,
     Stale,
     Verdict,
@@ -68,6 +70,7 @@ from leftfold.infrastructure.tables import POSTGRES, ViewTable
 
 R = TypeVar("R")
 Cursor = psycopg.Cursor[TupleRow]
+AsyncConnection = psycopg.AsyncConnection[TupleRow]
 
 CHANNEL = "stored_events"
 DDL_LOCK = 0x1EF7F01D  # one number for all processes: whoever holds it changes tables
@@ -91,7 +94,7 @@ class PostgresDatabase(PostgresDatastore):
             connect_timeout=CONNECT_TIMEOUT,
         )
         self.pool.kwargs = {**KEEPALIVE, **parts, "row_factory": dict_row}
-        self._lent: dict[psycopg.Connection[Any], float] = {}
+        self._lent: dict[psycopg.Connection[Any] | AsyncConnection, float] = {}
 
     def after_connect_func(self) -> Callable[[psycopg.Connection[Any]], None]:
         prepare, session = super().after_connect_func(), _session(self.lock_timeout)
@@ -114,7 +117,7 @@ class PostgresDatabase(PostgresDatastore):
             raise
 
     @contextlib.contextmanager
-    def lent(self, connection: psycopg.Connection[Any]) -> Iterator[None]:
+    def lent(self, connection: psycopg.Connection[Any] | AsyncConnection) -> Iterator[None]:
         """Note since when a connection is used: one that hangs is cut."""
         self._lent[connection] = monotonic()
         try:
@@ -197,14 +200,7 @@ class PostgresLog(Notifying, PostgresProcessRecorder):
                     raise
         except PersistenceError as error:
             return [Failed(str(error), in_doubt=is_sent)] * len(groups)
-        verdicts, positions = answer or ((), ())
-        positions = positions or ()  # without commands there are none
-        found: list[Verdict] = []
-        end = 0
-        for group, verdict in zip(groups, verdicts, strict=True):
-            begin, end = end, end + len(group)
-            found.append(REFUSALS.get(verdict) or Committed(tuple(positions[begin:end])))
-        return found
+        return _verdicts(groups, answer)
 
     def streams(
         self, aggregate_ids: Sequence[UUID], after: Mapping[UUID, int] = NOTHING
@@ -213,9 +209,10 @@ class PostgresLog(Notifying, PostgresProcessRecorder):
         with self.datastore.reading(binary=True) as cursor:
             cursor.execute(
                 "SELECT originator_id, originator_version, topic, state "
-                "FROM unnest(%s::uuid[], %s::bigint[]) AS wanted (id, version) "
-                "JOIN stored_events ON originator_id = id AND originator_version > version "
-                "ORDER BY originator_id, originator_version",
+                "FROM unnest(%s::uuid[], %s::bigint[]) AS wanted (id, version), "
+                # OFFSET 0 keeps the planner from reading the whole table.
+                "LATERAL (SELECT * FROM stored_events WHERE originator_id = id "
+                "AND originator_version > version ORDER BY originator_version OFFSET 0) AS stream",
                 (list(aggregate_ids), [after.get(i, 0) for i in aggregate_ids]),
                 prepare=True,
             )
@@ -273,12 +270,12 @@ class PostgresLog(Notifying, PostgresProcessRecorder):
         with self.datastore.writing() as cursor:
             cursor.execute(LOCK)
             cursor.execute(CALL_INSERT, _columns(encoded(stored_events)))
-            (positions,) = cursor.fetchone() or ((),)
+            (first,) = cursor.fetchone() or (None,)
             tracking: Tracking | None = kwargs.get("tracking")
             if tracking is not None:
                 rows = cursor.connection.cursor(row_factory=dict_row)
                 self._insert_tracking(rows, tracking)
-        return list(positions or ())
+        return [] if first is None else list(range(first, first + len(stored_events)))
 
     def select_events(
         self,
@@ -301,30 +298,43 @@ class PostgresLog(Notifying, PostgresProcessRecorder):
             return [StoredEvent(originator_id, *values) for values in cursor]
 
 
-def _arguments(groups: Sequence[Group]) -> tuple[list[Any], ...]:
+def _arguments(groups: Sequence[Group]) -> tuple[Any, ...]:
     """Return the arguments of `leftfold_commit`."""
-    saves = [save for group in groups for save in group]
-    events = [event for save in saves for event in save.events]
+    saves: list[Save] = []
+    events: list[EncodedEvent] = []
     lasts: list[int] = []
-    event_ends: list[int] = []
-    command_ends: list[int] = []
-    end = 0
-    for group in groups:
+    event_groups: list[int] = []
+    command_groups: list[int] = []
+    for number, group in enumerate(groups, 1):
         for save in group:
-            end += len(save.events)
-            lasts.append(end if save.events else 0)
-        event_ends.append(end)
-        command_ends.append(len(lasts))
+            saves.append(save)
+            events += save.events
+            lasts.append(len(events) if save.events else 0)
+            event_groups += [number] * len(save.events)
+            command_groups.append(number)
     return (
         *_columns(events),
+        event_groups,
         [save.command_id for save in saves],
         [save.command for save in saves],
         [dump_aggregates(save.aggregates) for save in saves],
         [save.answer for save in saves],
         lasts,
-        event_ends,
-        command_ends,
+        command_groups,
+        len(groups),
     )
+
+
+def _verdicts(groups: Sequence[Group], answer: TupleRow | None) -> list[Verdict]:
+    """Return what `leftfold_commit` answered."""
+    verdicts, positions = answer or ((), ())
+    found: list[Verdict] = []
+    end = 0
+    for group, verdict in zip(groups, verdicts, strict=True):
+        begin, end = end, end + len(group)
+        at = positions[begin:end] if group else ()
+        found.append(REFUSALS.get(verdict) or Committed(tuple(at)))
+    return found
 
 
 def _columns(events: Sequence[EncodedEvent]) -> tuple[list[Any], ...]:
@@ -411,6 +421,44 @@ class PostgresViews(Tables):
             return int(counted)
 
 
+class LoopCommits:
+    """Commits on the event loop, by a connection of its own.
+
+    The server works while the loop goes on; a thread would first have to wait for it to pause.
+    """
+
+    def __init__(
+        self, database: PostgresDatabase, connect: Callable[[], Awaitable[AsyncConnection]]
+    ) -> None:
+        """Connect when there is something to commit, and again when the connection was lost."""
+        self._database = database
+        self._connect = connect
+        self._connection: AsyncConnection | None = None
+
+    async def commit(self, groups: Sequence[Group]) -> list[Verdict]:
+        """Write groups, as `PostgresLog.commit` does."""
+        is_sent = False
+        try:
+            if self._connection is None or self._connection.closed:
+                self._connection = await self._connect()
+            connection = self._connection
+            with self._database.lent(connection):
+                cursor = connection.cursor(binary=True)
+                is_sent = True
+                await cursor.execute(CALL_COMMIT, _arguments(groups), prepare=True)
+                answer = await cursor.fetchone()
+        except psycopg.Error as error:
+            in_doubt = is_sent and error.sqlstate is None  # what the server refuses is not written
+            return [Failed(_without_values(error), in_doubt=in_doubt)] * len(groups)
+        return _verdicts(groups, answer)
+
+    def close(self) -> None:
+        """Close the connection."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.pgconn.finish()
+
+
 class PostgresStore:
     """A database with events, views and checkpoints."""
 
@@ -445,6 +493,7 @@ class PostgresStore:
         for projection in projections:
             self.views.table(projection)
         self.log = PostgresLog(database, events_table_name="stored_events")
+        self._commits = LoopCommits(database, self._connect_loop)
 
     def _connect(self, *, autocommit: bool = False) -> psycopg.Connection[TupleRow]:
         return psycopg.connect(
@@ -453,6 +502,16 @@ class PostgresStore:
             connect_timeout=self._lock_timeout,
             row_factory=tuple_row,
         )
+
+    async def _connect_loop(self) -> AsyncConnection:
+        connection = await psycopg.AsyncConnection.connect(
+            **{**KEEPALIVE, **self._parts},
+            autocommit=True,
+            connect_timeout=self._lock_timeout,
+            row_factory=tuple_row,
+        )
+        await connection.execute(_session(self._lock_timeout))
+        return connection
 
     def _set_up(
         self, cursor: Cursor, projections: Sequence[Projection[Any]], *, create_tables: bool
@@ -530,6 +589,10 @@ class PostgresStore:
             return False
         return True
 
+    def committing(self) -> Commit | None:
+        """Return what commits on the running loop; psycopg does not know Windows' own."""
+        return self._commits.commit if os.name == "posix" else None
+
     def cut(self, seconds: float) -> None:
         """End the calls that the server has not answered for so long."""
         database = self._database
@@ -548,6 +611,7 @@ class PostgresStore:
         if listener is not None:
             listener.close()
         if database is not None:
+            self._commits.close()
             database.close()
 
 

@@ -5,76 +5,115 @@ from __future__ import annotations
 # The lock makes the order of commits the order of positions.
 LOCK = "LOCK TABLE stored_events IN EXCLUSIVE MODE; NOTIFY stored_events"
 
+# Positions have no gaps in one call: nobody else draws any while the lock is held.
 INSERT = """
 CREATE OR REPLACE FUNCTION leftfold_insert(
-    ids uuid[], versions bigint[], topics text[], states bytea[], OUT positions bigint[]
-) LANGUAGE plpgsql AS $$
-BEGIN
+    ids uuid[], versions bigint[], topics text[], states bytea[], OUT first bigint
+) LANGUAGE sql AS $$
     WITH made AS (
         INSERT INTO stored_events (originator_id, originator_version, topic, state)
         SELECT i, v, t, s FROM unnest(ids, versions, topics, states)
         WITH ORDINALITY AS given (i, v, t, s, n) ORDER BY n
         RETURNING notification_id
-    ) SELECT array_agg(notification_id ORDER BY notification_id) INTO positions FROM made;
-END $$"""
+    ) SELECT min(notification_id) FROM made
+$$"""
 CALL_INSERT = b"SELECT leftfold_insert(%b::uuid[], %b::bigint[], %b::text[], %b::bytea[])"
 
-# All saves that wait, in one statement, which is a transaction: all groups at once, or, where one
-# of them is stale or repeated, each by itself, under the same lock.
-# Element n of `event_ends` and `command_ends` is the last of group n's events and commands;
-# element n of `lasts` is the last event of command n, 0 if it has none.
-COMMIT = """
-CREATE OR REPLACE FUNCTION leftfold_commit(
-    ids uuid[], versions bigint[], topics text[], states bytea[],
+# Writes the events and commands of all groups but the refused. Element n of the arrays of groups
+# is the group of event or command n; element n of `lasts` is the last event of command n, 0 if it
+# has none.
+WRITE = """
+CREATE OR REPLACE FUNCTION leftfold_write(
+    ids uuid[], versions bigint[], topics text[], states bytea[], event_groups int[],
     commands uuid[], names text[], written text[], answers bytea[], lasts int[],
-    event_ends int[], command_ends int[], OUT verdicts text[], OUT positions bigint[]
+    command_groups int[], refused int[], OUT positions bigint[]
 ) LANGUAGE plpgsql AS $$
 DECLARE
-    made bigint[];
-    event int := 1;
-    command int := 1;
+    before bigint;
+    ranks bigint[];
+BEGIN
+    IF cardinality(refused) > 0 THEN
+        SELECT array_agg(rank ORDER BY n) INTO ranks FROM (
+            SELECT n, count(*) FILTER (WHERE g <> ALL (refused)) OVER (ORDER BY n) AS rank
+            FROM unnest(event_groups) WITH ORDINALITY AS given (g, n)
+        ) AS ranked;
+        SELECT array_agg(i ORDER BY n), array_agg(v ORDER BY n), array_agg(t ORDER BY n),
+            array_agg(s ORDER BY n) INTO ids, versions, topics, states
+        FROM unnest(ids, versions, topics, states, event_groups)
+        WITH ORDINALITY AS given (i, v, t, s, g, n) WHERE g <> ALL (refused);
+    END IF;
+    before := leftfold_insert(ids, versions, topics, states) - 1;
+    SELECT array_agg(
+        CASE WHEN l = 0 OR g = ANY (refused) THEN 0 ELSE before + coalesce(ranks[l], l) END
+        ORDER BY n
+    ) INTO positions FROM unnest(lasts, command_groups) WITH ORDINALITY AS given (l, g, n);
+    INSERT INTO leftfold_commands (command_id, command, position, aggregates, answer)
+    SELECT c, m, p, w, a
+    FROM unnest(commands, names, positions, written, answers, command_groups)
+        AS given (c, m, p, w, a, g)
+    WHERE g <> ALL (refused);
+END $$"""
+
+# All saves that wait, in one statement, which is a transaction: all groups at once; where some are
+# stale or repeated, all others at once; where groups of one call exclude each other, one by one.
+# OFFSET 0 keeps the planner, which knows nothing of the arrays, from reading whole tables.
+COMMIT = """
+CREATE OR REPLACE FUNCTION leftfold_commit(
+    ids uuid[], versions bigint[], topics text[], states bytea[], event_groups int[],
+    commands uuid[], names text[], written text[], answers bytea[], lasts int[],
+    command_groups int[], number_of_groups int, OUT verdicts text[], OUT positions bigint[]
+) LANGUAGE plpgsql AS $$
+DECLARE
+    every int[] := array(SELECT generate_series(1, number_of_groups));
+    stale int[];
+    repeated int[];
+    each bigint[];
     violated text;
 BEGIN
     LOCK TABLE stored_events IN EXCLUSIVE MODE;
     NOTIFY stored_events;
+    verdicts := array_fill('committed'::text, ARRAY[number_of_groups]);
     BEGIN
-        made := leftfold_insert(ids, versions, topics, states);
-        INSERT INTO leftfold_commands (command_id, command, position, aggregates, answer)
-        SELECT c, n, coalesce(made[l], 0), w, a
-        FROM unnest(commands, names, written, answers, lasts) AS given (c, n, w, a, l);
-        verdicts := array_fill('committed'::text, ARRAY[cardinality(event_ends)]);
-        SELECT array_agg(coalesce(made[l], 0) ORDER BY n) INTO positions
-        FROM unnest(lasts) WITH ORDINALITY AS given (l, n);
+        positions := leftfold_write(ids, versions, topics, states, event_groups,
+            commands, names, written, answers, lasts, command_groups, '{}');
+        RETURN;
+    EXCEPTION WHEN unique_violation THEN
+        stale := array(
+            SELECT DISTINCT g FROM unnest(ids, versions, event_groups) AS given (i, v, g),
+            LATERAL (SELECT FROM stored_events WHERE originator_id = i AND originator_version = v
+                OFFSET 0) AS there);
+        repeated := array(
+            SELECT DISTINCT g FROM unnest(commands, command_groups) AS given (i, g),
+            LATERAL (SELECT FROM leftfold_commands WHERE command_id = i OFFSET 0) AS there);
+    END;
+    FOR g IN 1 .. number_of_groups LOOP
+        verdicts[g] := CASE WHEN g = ANY (stale) THEN 'stale' WHEN g = ANY (repeated)
+            THEN 'repeated' ELSE 'committed' END;
+    END LOOP;
+    BEGIN
+        positions := leftfold_write(ids, versions, topics, states, event_groups,
+            commands, names, written, answers, lasts, command_groups, stale || repeated);
         RETURN;
     EXCEPTION WHEN unique_violation THEN
         positions := array_fill(0::bigint, ARRAY[cardinality(commands)]);
     END;
-    FOR g IN 1 .. cardinality(event_ends) LOOP
+    FOR g IN 1 .. number_of_groups LOOP
+        CONTINUE WHEN verdicts[g] <> 'committed';
         BEGIN
-            made := leftfold_insert(
-                ids[event:event_ends[g]], versions[event:event_ends[g]],
-                topics[event:event_ends[g]], states[event:event_ends[g]]);
-            FOR c IN command .. command_ends[g] LOOP
-                INSERT INTO leftfold_commands (command_id, command, position, aggregates, answer)
-                VALUES (commands[c], names[c], coalesce(made[lasts[c] - event + 1], 0),
-                    written[c], answers[c]);
-            END LOOP;
-            -- A refused group must not keep what it would have got.
-            FOR c IN command .. command_ends[g] LOOP
-                positions[c] := coalesce(made[lasts[c] - event + 1], 0);
-            END LOOP;
-            verdicts[g] := 'committed';
+            each := leftfold_write(ids, versions, topics, states, event_groups,
+                commands, names, written, answers, lasts, command_groups, array_remove(every, g));
+            -- Not before the block has ended well: variables survive an exception.
+            positions := array(SELECT greatest(a, b) FROM unnest(positions, each)
+                WITH ORDINALITY AS given (a, b, n) ORDER BY n);
         EXCEPTION WHEN unique_violation THEN
             GET STACKED DIAGNOSTICS violated = TABLE_NAME;
             verdicts[g] := CASE violated WHEN 'leftfold_commands' THEN 'repeated' ELSE 'stale' END;
         END;
-        event := event_ends[g] + 1;
-        command := command_ends[g] + 1;
     END LOOP;
 END $$"""
 CALL_COMMIT = (
-    b"SELECT * FROM leftfold_commit(%b::uuid[], %b::bigint[], %b::text[], %b::bytea[], "
-    b"%b::uuid[], %b::text[], %b::text[], %b::bytea[], %b::int[], %b::int[], %b::int[])"
+    b"SELECT * FROM leftfold_commit(%b::uuid[], %b::bigint[], %b::text[], %b::bytea[], %b::int[], "
+    b"%b::uuid[], %b::text[], %b::text[], %b::bytea[], %b::int[], %b::int[], %b)"
 )
 
 STATEMENTS = (
@@ -106,5 +145,6 @@ STATEMENTS = (
         notification_id bigint)""",
     "CREATE TABLE IF NOT EXISTS leftfold_schema (version int NOT NULL)",
     INSERT,
+    WRITE,
     COMMIT,
 )

@@ -67,7 +67,7 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 MAX_PARAMETERS = 500  # ids in one IN (…)
-ROWS_AT_ONCE = 500
+ROWS_AT_ONCE = 512
 IDLE_READERS = 8
 ATTEMPTS_AT_WAL = 100  # others that open the same new file may come between
 BULK = 500  # rows from which a transaction is large
@@ -380,13 +380,21 @@ def _insert_rows(
     """
     if not rows:
         return
-    marks = f"({','.join('?' * len(rows[0]))})"
-    whole = len(rows) - len(rows) % ROWS_AT_ONCE
-    many = insert + ",".join([marks] * ROWS_AT_ONCE) + conflict
-    for begin in range(0, whole, ROWS_AT_ONCE):
-        chunk = rows[begin : begin + ROWS_AT_ONCE]
-        connection.execute(many, [value for row in chunk for value in row])
-    connection.executemany(insert + marks + conflict, rows[whole:])
+    begin, at_once = 0, ROWS_AT_ONCE
+    while begin < len(rows):
+        # By halves, so that there are few statements, which the connection remembers.
+        while at_once > len(rows) - begin:
+            at_once //= 2
+        chunk = rows[begin : begin + at_once]
+        statement = _insert_statement(insert, len(rows[0]), at_once, conflict)
+        connection.execute(statement, list(chain.from_iterable(chunk)))
+        begin += at_once
+
+
+@lru_cache
+def _insert_statement(insert: str, columns: int, rows: int, conflict: str) -> str:
+    marks = f"({','.join('?' * columns)})"
+    return insert + ",".join([marks] * rows) + conflict
 
 
 def _events_of(saves: Sequence[Save]) -> list[EncodedEvent]:
@@ -407,11 +415,8 @@ def _insert_saves(
         commands.append(
             (save.command_id.bytes, save.command, positions[-1], aggregates, save.answer)
         )
-    connection.executemany(
-        "INSERT INTO leftfold_commands (command_id, command, position, aggregates, answer) "
-        "VALUES (?, ?, ?, ?, ?)",
-        commands,
-    )
+    insert = "INSERT INTO leftfold_commands (command_id, command, position, aggregates, answer) "
+    _insert_rows(connection, insert + "VALUES ", "", commands)
     return positions
 
 
@@ -579,6 +584,9 @@ class SQLiteStore:
 
     def heard(self) -> bool:
         return True
+
+    def committing(self) -> None:
+        """Commit by `log.commit` only."""
 
     def cut(self, seconds: float) -> None:
         """Cut nothing: the file is here, and waits for its lock have their own end."""
