@@ -1,6 +1,13 @@
 """The application layer: commands, queries, services, projections, and the ports they need."""
 
-from leftfold.application.bus import CommandBus, Dispatch, Middleware, QueryBus, Step
+from leftfold.application.bus import (
+    CommandBus,
+    Dispatch,
+    Middleware,
+    QueryBus,
+    Step,
+    described,
+)
 from leftfold.application.caching import (
     CacheEntry,
     CacheProvider,
@@ -21,6 +28,7 @@ from leftfold.application.errors import (
     NestedDispatchError,
     NoHandlerError,
     OutcomeUnknown,
+    Overloaded,
     ShuttingDown,
     UnknownTopicError,
     UnreadableEventError,
@@ -64,6 +72,7 @@ __all__ = [
     "NoHandlerError",
     "NotKept",
     "OutcomeUnknown",
+    "Overloaded",
     "Page",
     "Plan",
     "Projection",
@@ -84,5 +93,6 @@ __all__ = [
     "ViewStopped",
     "Views",
     "cached",
+    "described",
     "plan",
 ]

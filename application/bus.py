@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from inspect import isawaitable
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -19,11 +21,37 @@ from leftfold.application.errors import (
 )
 from leftfold.application.messages import Command, Handler, Handling, Message, Query
 from leftfold.application.receipt import Receipt
-from leftfold.domain import DomainError, Err, Ok, Result
+from leftfold.domain import DomainError, Err, Metadata, Ok, Result
+from leftfold.domain.metadata import NO_METADATA
 
 T = TypeVar("T")
 E = TypeVar("E")
 M = TypeVar("M", bound=Message[Any, Any])
+
+_described: ContextVar[Metadata] = ContextVar("leftfold_described", default=NO_METADATA)
+
+
+@contextmanager
+def described(
+    *, correlation_id: str | None = None, causation_id: str | None = None, user: str | None = None
+) -> Iterator[Metadata]:
+    """Let the commands dispatched inside of the block have this metadata.
+
+    What is not given stays as it is outside: a web program names the request and its user once,
+    where requests come in.
+    """
+    outer = _described.get()
+    metadata = Metadata(
+        outer.correlation_id if correlation_id is None else correlation_id,
+        outer.causation_id if causation_id is None else causation_id,
+        outer.user if user is None else user,
+    )
+    token = _described.set(metadata)
+    try:
+        yield metadata
+    finally:
+        _described.reset(token)
+
 
 Outcome: TypeAlias = Result[Any, Any]  # inside the bus, where the message's own types are erased
 
@@ -38,6 +66,8 @@ class Dispatch(Generic[M]):
     """Identifies the command; a repetition carries the same."""
     after: Receipt | None = None
     """Answer from views that have seen what this receipt's command wrote."""
+    metadata: Metadata = NO_METADATA
+    """What the command's events get; its id stands in for a cause that is not given."""
 
     @property
     def name(self) -> str:
@@ -156,19 +186,33 @@ class CommandBus(Bus[Command[Any, Any]]):
         self.add(Handling(command_type, handler))
 
     async def dispatch(
-        self, command: Command[T, E], *, command_id: UUID | None = None
+        self,
+        command: Command[T, E],
+        *,
+        command_id: UUID | None = None,
+        metadata: Metadata | None = None,
     ) -> Result[T, E | DispatchError]:
         """Carry out a command, at most once for each `command_id` (made if absent).
 
+        Its events get the `metadata`, or else that of `with described(…)` around the call.
         `Err` holds a refusal of the domain or a `DispatchError`, and then nothing was written,
         unless it is `OutcomeUnknown`. Raises `NoHandlerError`, and whatever bug the handler has.
         """
         return await self._step(
-            Dispatch(command, self._find(command), command_id or self._new_id())
+            Dispatch(
+                command,
+                self._find(command),
+                command_id or self._new_id(),
+                metadata=_described.get() if metadata is None else metadata,
+            )
         )
 
     async def dispatch_all(
-        self, commands: Sequence[Command[T, E]], *, command_ids: Sequence[UUID] | None = None
+        self,
+        commands: Sequence[Command[T, E]],
+        *,
+        command_ids: Sequence[UUID] | None = None,
+        metadata: Metadata | None = None,
     ) -> Result[tuple[T, ...], E | DispatchError]:
         """Carry out several commands in order and in one transaction, all or none.
 
@@ -180,8 +224,9 @@ class CommandBus(Bus[Command[Any, Any]]):
         if len(set(ids)) < len(ids):
             msg = "a command_id stands for one command"
             raise ValueError(msg)
+        described = _described.get() if metadata is None else metadata
         parts = tuple(
-            Dispatch(command, self._find(command), command_id)
+            Dispatch(command, self._find(command), command_id, metadata=described)
             for command, command_id in zip(commands, ids, strict=True)
         )
         batch = Batch.model_construct(parts=parts)

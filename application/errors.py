@@ -53,6 +53,14 @@ class CommandIdReused(
     now: str
 
 
+class Overloaded(
+    DispatchError, message="{limit} commands are under way, as many as may be; nothing was written"
+):
+    """There is no room for another command; a later one may find some."""
+
+    limit: int
+
+
 class ShuttingDown(DispatchError, message="the runtime is shutting down"):
     """The runtime takes no more commands; nothing was written."""
 

@@ -22,6 +22,7 @@ from leftfold.application.errors import (
     InvalidAnswerError,
     NestedDispatchError,
     OutcomeUnknown,
+    Overloaded,
     ShuttingDown,
     UnsavedEventsError,
 )
@@ -42,7 +43,17 @@ from leftfold.application.ports import (
 from leftfold.application.receipt import Receipt
 from leftfold.application.service import Believed, NotInMemory, Unit, current_unit
 from leftfold.application.writer import Writer
-from leftfold.domain import Aggregate, DomainError, Err, Event, Ok, clock, project
+from leftfold.domain import (
+    Aggregate,
+    DomainError,
+    Err,
+    Event,
+    Metadata,
+    Ok,
+    clock,
+    metadata,
+    project,
+)
 
 Wanted = dict[UUID, type[Aggregate]]
 Known = Mapping[UUID, RecordedCommand]
@@ -85,11 +96,13 @@ class Execution:
         access: Access,
         *,
         memory: int,
+        limit: int = 10_000,
         committed: Callable[[], None],
     ) -> None:
         """Carry out commands against a log, which `access` asks.
 
-        At most `memory` idle aggregates stay in memory; `committed` is called after commits.
+        At most `memory` idle aggregates stay in memory; at most `limit` dispatches are under way;
+        `committed` is called after commits.
         """
         self._log = log
         self._mapper = mapper
@@ -97,6 +110,7 @@ class Execution:
         self._read = access.read
         self._memory = Memory(memory)
         self._writer = Writer(log, platform, access, committed)
+        self._limit = limit
         self._running = 0
         self._is_closed = False
         self._idle: asyncio.Future[None] | None = None
@@ -105,6 +119,8 @@ class Execution:
         """Carry out one command, or a batch."""
         if self._is_closed:
             return Err(ShuttingDown())
+        if self._running >= self._limit:
+            return Err(Overloaded(self._limit))
         if current_unit.get() is not None:
             raise NestedDispatchError(dispatch.name)
         self._running += 1
@@ -139,6 +155,7 @@ class Execution:
             unit = Unit(self._memory)
             token = current_unit.set(unit)
             time = clock.use(lambda: moment)
+            outer = metadata.use(metadata.current())  # to go back to; each command sets its own
             try:
                 return await self._attempt(unit, parts, known, wanted)
             except _Again as again:
@@ -146,6 +163,7 @@ class Execution:
             except CommandIdReused as error:
                 return Err(error)
             finally:
+                metadata.restore(outer)
                 clock.restore(time)
                 current_unit.reset(token)
                 unit.seal()
@@ -164,6 +182,7 @@ class Execution:
                 values.append(_answer_again(part, first))
                 continue
             unit.begin_command(part.command_id)
+            metadata.use(_metadata_of(part))
             begun = len(unit.events)
             try:
                 answer = await self._handle(unit, part, known, wanted)
@@ -298,6 +317,11 @@ class Execution:
 
     async def _known(self, parts: Iterable[Dispatch[Any]]) -> Known:
         return await self._read(self._log.commands, [part.command_id for part in parts])
+
+
+def _metadata_of(part: Dispatch[Any]) -> Metadata:
+    given, command = part.metadata, part.command_id.hex
+    return Metadata(given.correlation_id, given.causation_id or command, given.user)
 
 
 _number = attrgetter("int")  # UUIDs compare by it, more slowly

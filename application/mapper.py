@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import fields
+from functools import lru_cache
 from typing import Any, ClassVar
 from uuid import UUID
 
 from eventsourcing.domain import DomainEventProtocol
 from eventsourcing.persistence import Mapper, StoredEvent
 from pydantic import ValidationError
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
 from leftfold.application.errors import (
     InvalidModelError,
@@ -18,9 +20,11 @@ from leftfold.application.errors import (
 )
 from leftfold.application.ports import EncodedEvent
 from leftfold.domain import Aggregate, Event, Snapshot
-from leftfold.domain.event import upcast
+from leftfold.domain.event import upcast, upcast_gap
+from leftfold.domain.metadata import NO_METADATA, Metadata
 
-_NOT_STORED = {"originator_id", "originator_version"}
+_METADATA = tuple(field.name for field in fields(Metadata))
+_NOT_STORED = {"originator_id", "originator_version", "metadata"}
 
 
 class EventMapper(Mapper[UUID]):
@@ -42,17 +46,22 @@ class EventMapper(Mapper[UUID]):
     def of(cls, *aggregates: type[Aggregate]) -> type[EventMapper]:
         """Return the mapper class for these aggregates.
 
-        Raises `InvalidModelError` for two types of one topic, or for a missing topic.
+        Raises `InvalidModelError` for two types of one topic, for a missing topic, and for a gap
+        in the chain of upcasters from version 1 to the present.
         """
         types: dict[str, type[Event | Snapshot]] = {}
         topics: dict[str, str] = {}
         for aggregate in aggregates:
             snapshot: Any = aggregate.Snapshot  # typed by the library as its own dataclass
             for event_type in (*aggregate.EVENTS, snapshot):
-                if not event_type.TOPIC or types.get(event_type.TOPIC, event_type) != event_type:
-                    raise InvalidModelError(f"{event_type.__name__}: topic missing or taken")
-                types[event_type.TOPIC] = event_type
-                topics[event_type.TOPIC] = aggregate.TOPIC
+                for topic in (event_type.TOPIC, *getattr(event_type, "ALIASES", ())):
+                    if not topic or types.get(topic, event_type) != event_type:
+                        raise InvalidModelError(f"{event_type.__name__}: topic missing or taken")
+                    types[topic] = event_type
+                    topics[topic] = aggregate.TOPIC
+                gap = upcast_gap(event_type) if issubclass(event_type, Event) else None
+                if gap is not None:
+                    raise InvalidModelError(f"{event_type.__name__}: {gap} is missing")
         unchanged = {t for t, e in types.items() if getattr(e, "class_version", 0) == 1}
         return type(
             "EventMapper",
@@ -76,7 +85,10 @@ class EventMapper(Mapper[UUID]):
         if self.types.get(topic) is not event_type:
             raise UnknownTopicError(topic or event_type.__name__)
         state: bytes = event_type.__pydantic_serializer__.to_json(event, exclude=_NOT_STORED)
+        metadata = getattr(event, "metadata", NO_METADATA)
         class_version = getattr(event_type, "class_version", 1)
+        if metadata is not NO_METADATA:
+            state = state[:-1] + _beside(metadata)
         if class_version > 1:
             state = b'%s,"class_version":%d}' % (state[:-1], class_version)
         if self.compressor:
@@ -123,6 +135,13 @@ class EventMapper(Mapper[UUID]):
     def decode_all(self, stream: Iterable[EncodedEvent]) -> list[Event]:
         """Decode the events of a stream."""
         return [self.decode(*event) for event in stream]
+
+
+@lru_cache(maxsize=256)
+def _beside(metadata: Metadata) -> bytes:
+    """Return the end of an event's state; the events of a command share it."""
+    known = {name: value for name in _METADATA if (value := getattr(metadata, name))}
+    return b',"metadata":%s}' % to_json(known) if known else b"}"
 
 
 def _decode_by_parts(

@@ -3,6 +3,7 @@
 from leftfold.domain.aggregate import Aggregate, Snapshot, project
 from leftfold.domain.errors import AggregateNotFound, DomainError, LeftfoldError
 from leftfold.domain.event import WHEN_RECORDED, Created, DomainEvent, Event
+from leftfold.domain.metadata import Metadata
 from leftfold.domain.personal import Personal
 from leftfold.domain.result import Err, Ok, Result
 from leftfold.domain.specification import (
@@ -37,6 +38,7 @@ __all__ = [
     "InvalidSpecification",
     "InvalidValue",
     "LeftfoldError",
+    "Metadata",
     "Ok",
     "OpaqueSpecification",
     "Personal",

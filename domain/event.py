@@ -15,6 +15,9 @@ from eventsourcing.domain import (
 )
 from pydantic import AwareDatetime, BaseModel, ConfigDict
 
+from leftfold.domain import metadata
+from leftfold.domain.metadata import NO_METADATA, Metadata
+
 if TYPE_CHECKING:
     from leftfold.domain.aggregate import Aggregate
 
@@ -23,7 +26,9 @@ TAggregate = TypeVar("TAggregate")
 NOBODY = UUID(int=0)
 WHEN_RECORDED = datetime.min.replace(tzinfo=UTC)
 """Stands for "not given": the event occurred when it was recorded."""
-ENVELOPE = frozenset({"originator_id", "originator_version", "timestamp", "occurred_at"})
+ENVELOPE = frozenset(
+    {"originator_id", "originator_version", "timestamp", "occurred_at", "metadata"}
+)
 
 
 class Event(BaseModel, CanMutateAggregate[UUID]):
@@ -42,23 +47,28 @@ class Event(BaseModel, CanMutateAggregate[UUID]):
     was recorded. `occurred_at` may be given, and is otherwise the time of recording.
     A field that is added, renamed or removed raises `class_version` (in the class body) and adds
     `upcast_vN_vM(state)`, a static method that turns the older stored state into the newer.
+    An event whose topic is changed names the topics that it had before as `aliases=("…",)`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     TOPIC: ClassVar[str] = ""
+    ALIASES: ClassVar[tuple[str, ...]] = ()
     class_version: ClassVar[int] = 1
 
     originator_id: UUID = NOBODY
     originator_version: int = 0
     timestamp: AwareDatetime = WHEN_RECORDED
     occurred_at: AwareDatetime = WHEN_RECORDED
+    metadata: Metadata = NO_METADATA
 
-    def __init_subclass__(cls, *, topic: str = "", **kwargs: Any) -> None:
+    def __init_subclass__(
+        cls, *, topic: str = "", aliases: tuple[str, ...] = (), **kwargs: Any
+    ) -> None:
         # The library's __init_subclass__ takes no arguments; pydantic's metaclass reads its own.
         super().__init_subclass__()
         if topic:
-            cls.TOPIC = topic
+            cls.TOPIC, cls.ALIASES = topic, aliases
 
     @property
     def recorded_at(self) -> datetime:
@@ -86,6 +96,7 @@ class Event(BaseModel, CanMutateAggregate[UUID]):
             envelope["occurred_at"] = recorded_at
         elif occurred_at.tzinfo is not UTC:
             envelope["occurred_at"] = occurred_at.astimezone(UTC)
+        envelope["metadata"] = metadata.current()
 
     # Positional, so that each event may name its aggregate as it likes.
     def apply(self, aggregate: Any, /) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -145,6 +156,8 @@ class DomainEvent(BaseModel):
     """Its place in the aggregate's stream, from 1."""
     payload: dict[str, Any]  # the shape that users asked for: facts of any event
     """The event's facts and its `occurred_at`, with personal fields in the clear."""
+    metadata: Metadata = NO_METADATA
+    """Its correlation, its cause, its user."""
 
     @classmethod
     def of(cls, event: Event, aggregate_type: str) -> DomainEvent:
@@ -158,7 +171,15 @@ class DomainEvent(BaseModel):
             timestamp=event.timestamp.astimezone(UTC),
             version=event.originator_version,
             payload=facts,
+            metadata=event.metadata,
         )
+
+
+def upcast_gap(event_type: type[Event]) -> str | None:
+    """Return the name of the first upcaster that is missing; None if the chain is whole."""
+    steps = range(1, event_type.class_version)
+    names = (f"upcast_v{step}_v{step + 1}" for step in steps)
+    return next((name for name in names if not callable(getattr(event_type, name, None))), None)
 
 
 def upcast(event_type: type[Event], state: Mapping[str, object], version: int) -> dict[str, object]:

@@ -72,7 +72,7 @@ class Follower(Generic[R]):
         self._page_size = page_size
         self._poll_interval = poll_interval
         self._paged = paged
-        topics = [event_type.TOPIC for event_type in projection.event_types]
+        topics = [topic for e in projection.event_types for topic in (e.TOPIC, *e.ALIASES)]
         reads_all = set(topics) >= set(mapper.event_topics())
         self._topics = () if reads_all else tuple(topics)
         self._rows: LRUCache[str, R] = LRUCache(CACHED_ROWS)

@@ -327,6 +327,7 @@ class _Parts:
             platform,
             self.access,
             memory=settings.memory,
+            limit=settings.max_commands,
             committed=self._wake,
         )
         self.commands = CommandBus(

@@ -24,6 +24,8 @@ class Settings(BaseSettings):
     """Make missing tables at start; if not, `leftfold migrate` has to."""
     memory: Annotated[int, Field(ge=1)] = 10_000
     """Idle aggregates kept in memory."""
+    max_commands: Annotated[int, Field(ge=1)] = 10_000
+    """Commands under way at a time, at most; further ones are answered `Overloaded`."""
     command_timeout: Seconds = 30.0
     """Seconds until a command is answered `OutcomeUnknown`."""
     view_timeout: Seconds = 5.0

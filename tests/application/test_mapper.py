@@ -319,3 +319,45 @@ def test_an_event_may_be_named_by_two_aggregates_of_one_model():
 def test_ids_are_uuids():
     event = MAPPER.to_domain_event(MAPPER.to_stored_event(stamped(ItemDiscontinued())))
     assert isinstance(event.originator_id, UUID)
+
+
+class Renamed(Event, topic="test.renamed", aliases=("test.old_name", "test.older_name")):
+    size: int
+
+
+class Holder(Aggregate, topic="test.holder", events=(Renamed,)):
+    pass
+
+
+@pytest.mark.parametrize("topic", ["test.renamed", "test.old_name", "test.older_name"])
+def test_an_event_is_read_by_the_topics_it_had_before(topic):
+    mapper = EventMapper.of(Holder)(transcoder=None)
+    stored = mapper.encode(Renamed(size=3))
+    assert stored.topic == "test.renamed"
+    assert mapper.decode(ID, 1, topic, stored.state).size == 3
+
+
+def test_an_alias_that_is_another_events_topic_is_refused():
+    class Taker(Event, topic="test.taker", aliases=("test.renamed",)):
+        pass
+
+    class Both(Aggregate, topic="test.both", events=(Renamed, Taker)):
+        pass
+
+    with pytest.raises(InvalidModelError, match="Taker: topic missing or taken"):
+        EventMapper.of(Both)
+
+
+def test_a_gap_in_the_chain_of_upcasters_is_refused_at_start():
+    class Gapped(Event, topic="test.gapped"):
+        class_version = 3
+
+        @staticmethod
+        def upcast_v2_v3(state):
+            return state
+
+    class WithGap(Aggregate, topic="test.with_gap", events=(Gapped,)):
+        pass
+
+    with pytest.raises(InvalidModelError, match="Gapped: upcast_v1_v2 is missing"):
+        EventMapper.of(WithGap)
