@@ -25,6 +25,7 @@ from leftfold.application.errors import (
     EventStoreUnavailable,
     InvalidAnswerError,
     InvalidModelError,
+    KeysUnavailable,
     NestedDispatchError,
     NoHandlerError,
     OutcomeUnknown,
@@ -45,6 +46,7 @@ from leftfold.application.projection import Page, Projection
 from leftfold.application.reading import Histories, QueryService, Views
 from leftfold.application.receipt import Receipt
 from leftfold.application.service import Repository, Service
+from leftfold.application.snapshots import SnapshotPolicy
 
 __all__ = [
     "AlreadyHandledError",
@@ -65,6 +67,7 @@ __all__ = [
     "InvalidAnswerError",
     "InvalidCacheArgumentError",
     "InvalidModelError",
+    "KeysUnavailable",
     "Loaded",
     "Middleware",
     "Model",
@@ -84,6 +87,7 @@ __all__ = [
     "Repository",
     "Service",
     "ShuttingDown",
+    "SnapshotPolicy",
     "Step",
     "UnknownTopicError",
     "UnreadableEventError",

@@ -13,6 +13,7 @@ from leftfold.application.messages import Query
 from leftfold.application.reading import ReadAt, current_read
 from leftfold.domain import Err, LeftfoldError, Ok
 from leftfold.domain.clock import now
+from leftfold.domain.personal import noting
 
 T = TypeVar("T")
 Q = TypeVar("Q", bound=Query[Any, Any])
@@ -163,9 +164,12 @@ def cached(
             read_at = ReadAt()
             token = current_read.set(read_at)
             try:
-                outcome = await call_next(dispatch)
+                with noting() as revealed:
+                    outcome = await call_next(dispatch)
             finally:
                 current_read.reset(token)
+            if revealed:  # it could be forgotten, and a cache would not know
+                raise _Refused(outcome)
             if isinstance(outcome, Err):
                 failed = isinstance(outcome.error, EventStoreUnavailable)
                 raise (_Failed if failed else _Refused)(outcome)

@@ -133,6 +133,12 @@ class EventStoreUnavailable(DispatchError, message="the event store cannot be re
     reason: str
 
 
+class KeysUnavailable(DispatchError, message="the keys cannot be reached: {reason}"):
+    """Personal data can neither be sealed nor opened now; nothing of it is lost."""
+
+    reason: str
+
+
 class NestedDispatchError(LeftfoldError, message="{name} was dispatched from within a handler"):
     """A handler dispatched a command: an error in the program, since it could wait for itself."""
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from inspect import isawaitable
+from itertools import islice
 from operator import attrgetter
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -24,14 +26,16 @@ from leftfold.application.errors import (
     OutcomeUnknown,
     Overloaded,
     ShuttingDown,
+    UnreadableEventError,
     UnsavedEventsError,
 )
-from leftfold.application.mapper import EventMapper
+from leftfold.application.mapper import EventMapper, KeysWanted
 from leftfold.application.memory import Hand, Memory
 from leftfold.application.messages import Command
 from leftfold.application.ports import (
     Access,
     Committed,
+    EncodedEvent,
     Failed,
     Log,
     Platform,
@@ -39,9 +43,11 @@ from leftfold.application.ports import (
     Repeated,
     Save,
     Stale,
+    StoredSnapshot,
 )
 from leftfold.application.receipt import Receipt
 from leftfold.application.service import Believed, NotInMemory, Unit, current_unit
+from leftfold.application.snapshots import SnapshotPolicy, shape_of
 from leftfold.application.writer import Writer
 from leftfold.domain import (
     Aggregate,
@@ -54,8 +60,12 @@ from leftfold.domain import (
     metadata,
     project,
 )
+from leftfold.domain.personal import Keys, Sealing
+
+_log = logging.getLogger("leftfold.execution")
 
 Wanted = dict[UUID, type[Aggregate]]
+Behind = dict[UUID, tuple[type[Aggregate], Aggregate | None]]
 Known = Mapping[UUID, RecordedCommand]
 
 
@@ -97,6 +107,7 @@ class Execution:
         *,
         memory: int,
         limit: int = 10_000,
+        snapshots: Mapping[type[Aggregate], SnapshotPolicy] | None = None,
         committed: Callable[[], None],
     ) -> None:
         """Carry out commands against a log, which `access` asks.
@@ -111,6 +122,7 @@ class Execution:
         self._memory = Memory(memory)
         self._writer = Writer(log, platform, access, committed)
         self._limit = limit
+        self._policies = snapshots or {}
         self._running = 0
         self._is_closed = False
         self._idle: asyncio.Future[None] | None = None
@@ -135,9 +147,7 @@ class Execution:
         except PersistenceError as error:
             return Err(EventStoreUnavailable(str(error)))
         finally:
-            self._running -= 1
-            if self._idle is not None and not self._running and not self._idle.done():
-                self._idle.set_result(None)
+            self._end()
 
     async def drain(self) -> None:
         """Refuse new commands from now on, and wait for those under way."""
@@ -179,7 +189,7 @@ class Execution:
         for part in parts:
             first = known.get(part.command_id)
             if first is not None:
-                values.append(_answer_again(part, first))
+                values.append(_answer_again(part, first, self._mapper.keys))
                 continue
             unit.begin_command(part.command_id)
             metadata.use(_metadata_of(part))
@@ -200,7 +210,7 @@ class Execution:
             if len(unit.events) > begun:
                 staged.append(_Staged(part, answer.value, unit.events[begun:], unit.versions))
         if staged:
-            saves = [self._save(each) for each in staged]
+            saves = await self._saves(staged)
             return await self._commit(unit, parts, values, saves, known)
         await self._confirm(unit, parts, known)
         return Ok(values)
@@ -251,35 +261,115 @@ class Execution:
 
         Those that are not in memory are read, of those that are behind what they miss.
         """
-        absent: dict[UUID, Aggregate | None] = {}
+        absent: Behind = {}
         for aggregate_id in sorted(wanted, key=_number):
             if self._memory.is_taken(aggregate_id):
                 await self._memory.wait_for(aggregate_id)
             aggregate, is_current = self._memory.take(aggregate_id)
             unit.hands[aggregate_id] = Hand(aggregate)
             if not is_current:
-                absent[aggregate_id] = aggregate
+                absent[aggregate_id] = wanted[aggregate_id], aggregate
         if absent:
             for aggregate_id, aggregate in (await self._read(self._load, absent)).items():
                 unit.hands[aggregate_id] = Hand(aggregate, is_loaded=True)
 
-    def _load(self, behind: Mapping[UUID, Aggregate | None]) -> dict[UUID, Aggregate | None]:
-        after = {i: known.version for i, known in behind.items() if known is not None}
-        streams = self._log.streams(list(behind), after)
-        decode = self._mapper.decode_all
-        return {i: project(known, decode(streams.get(i, ()))) for i, known in behind.items()}
+    def _load(self, behind: Behind) -> dict[UUID, Aggregate | None]:
+        begun = self._platform.monotonic()
+        known = {i: aggregate for i, (_, aggregate) in behind.items() if aggregate is not None}
+        known |= self._kept({i: kind for i, (kind, _) in behind.items() if i not in known})
+        streams = self._log.streams(list(behind), {i: a.version for i, a in known.items()})
+        loaded: dict[UUID, Aggregate | None] = {}
+        due: list[Aggregate] = []
+        for aggregate_id, (kind, _) in behind.items():
+            events = self._mapper.decode_all(streams.get(aggregate_id, ()))
+            aggregate = loaded[aggregate_id] = project(known.get(aggregate_id), events)
+            policy = self._policies.get(kind)
+            if aggregate is not None and policy is not None:
+                took = (self._platform.monotonic() - begun) / len(behind)
+                if policy.is_due_after(len(events), took):
+                    due.append(aggregate)
+        if due:
+            self._log.keep_snapshots([self._snapshot(aggregate) for aggregate in due])
+        return loaded
 
-    def _save(self, staged: _Staged) -> Save:
-        part, value, events, versions = staged
-        encode = self._mapper.encode
-        answer = None if isinstance(value, Receipt) else _dump_answer(part, value)
-        return Save(
-            part.command_id,
-            part.name,
-            [encode(event) for event in events],
-            tuple(versions.items()),
-            answer,
+    def _kept(self, absent: Wanted) -> dict[UUID, Aggregate]:
+        """Return the aggregates of these that there are snapshots of."""
+        wanted = [i for i, kind in absent.items() if kind in self._policies]
+        kept: dict[UUID, Aggregate] = {}
+        for snapshot in self._log.snapshots(wanted) if wanted else ():
+            kind = absent[snapshot.aggregate_id]
+            if snapshot.shape == shape_of(kind):
+                topic = kind.Snapshot.TOPIC  # type: ignore[attr-defined]  # the library types it by its own dataclass
+                stored = EncodedEvent(
+                    snapshot.aggregate_id, snapshot.version, topic, snapshot.state
+                )
+                try:
+                    kept[snapshot.aggregate_id] = self._mapper.decode(*stored).mutate(None)
+                except UnreadableEventError as error:  # its stream is whole all the same
+                    _log.warning("a snapshot is left aside: %s", error)
+        return kept
+
+    def _snapshot(self, aggregate: Aggregate) -> StoredSnapshot:
+        snapshot: Any = aggregate.Snapshot.take(aggregate)  # typed by the library
+        encoded = self._mapper.encode(snapshot)
+        return StoredSnapshot(
+            aggregate.id, aggregate.version, shape_of(type(aggregate)), encoded.state
         )
+
+    def _keep_due(self, unit: Unit) -> None:
+        """Keep, beside the commands, the aggregates that have grown enough."""
+        due: list[StoredSnapshot] = []
+        for hand in unit.hands.values():
+            aggregate = hand.aggregate
+            policy = self._policies.get(type(aggregate)) if aggregate is not None else None
+            if aggregate is None or policy is None:
+                continue
+            if policy.is_due_at(hand.version, aggregate.version):
+                try:
+                    due.append(self._snapshot(aggregate))
+                except Exception:  # noqa: BLE001 - what was committed is answered all the same
+                    _log.exception("no snapshot of %s %s", type(aggregate).__name__, aggregate.id)
+        if due:
+            self._running += 1  # draining waits for it
+            self._platform.spawn(self._keep(due))
+
+    async def _keep(self, due: Sequence[StoredSnapshot]) -> None:
+        try:
+            await self._read(self._log.keep_snapshots, due)
+        except (EventStoreUnavailable, PersistenceError) as error:
+            _log.warning("snapshots are not kept: %s", error)
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        self._running -= 1
+        if self._idle is not None and not self._running and not self._idle.done():
+            self._idle.set_result(None)
+
+    async def _saves(self, staged: Sequence[_Staged]) -> list[Save]:
+        """Encode what is to be written; subjects without a key get one before."""
+        try:
+            encoded = self._mapper.encode_all(event for each in staged for event in each.events)
+        except KeysWanted as wanted:
+            await self._platform.in_thread(self._provide, wanted.subjects)
+            encoded = self._mapper.encode_all(event for each in staged for event in each.events)
+        events = iter(encoded)
+        return [
+            Save(
+                part.command_id,
+                part.name,
+                list(islice(events, len(recorded))),
+                tuple(versions.items()),
+                None
+                if isinstance(value, Receipt)
+                else _dump_answer(part, value, self._mapper.keys),
+            )
+            for part, value, recorded, versions in staged
+        ]
+
+    def _provide(self, subjects: Iterable[str]) -> None:
+        if self._mapper.keys is not None:
+            self._mapper.keys.provide(subjects)
 
     async def _commit(
         self,
@@ -294,6 +384,8 @@ class Execution:
         match verdict:
             case Committed(positions):
                 unit.believed = Believed.AFTER
+                if self._policies:
+                    self._keep_due(unit)
                 at = {s.command_id: p for s, p in zip(saves, positions, strict=True)}
                 return Ok(_complete(parts, values, at))
             case Stale() | Repeated():
@@ -351,25 +443,28 @@ def _missing(error: BaseException) -> Wanted:
     return missing
 
 
-def _dump_answer(part: Dispatch[Any], value: object) -> bytes:
+def _dump_answer(part: Dispatch[Any], value: object, keys: Keys | None) -> bytes:
     """Return an answer as JSON. Raises `InvalidAnswerError` if it could not be given again."""
     adapter = _answer_type(part)
-    document = adapter.dump_json(value)
+    sealing = None if keys is None else Sealing(lambda: None)
+    document = adapter.dump_json(value, context=sealing)
     try:
-        is_the_same = adapter.validate_json(document) == value
+        is_the_same = adapter.validate_json(document, context=keys) == value
     except ValidationError:
         is_the_same = False
+    if sealing is not None and sealing.is_key_wanted:
+        raise InvalidAnswerError(part.name, "personal data that no event holds")
     if not is_the_same:
         raise InvalidAnswerError(part.name, f"{type(value).__name__} that JSON does not keep")
     return document
 
 
-def _answer_again(part: Dispatch[Any], first: RecordedCommand) -> Any:
+def _answer_again(part: Dispatch[Any], first: RecordedCommand, keys: Keys | None) -> Any:
     if first.command != part.name:
         raise CommandIdReused(part.command_id, first.command, part.name)
     if first.answer is None:
         return Receipt(first.command_id, first.aggregates, first.position, repeated=True)
-    return _answer_type(part).validate_json(first.answer)
+    return _answer_type(part).validate_json(first.answer, context=keys)
 
 
 def _answer_type(part: Dispatch[Any]) -> TypeAdapter[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, ClassVar
 from uuid import UUID
 
@@ -22,9 +22,18 @@ from leftfold.application.ports import EncodedEvent
 from leftfold.domain import Aggregate, Event, Snapshot
 from leftfold.domain.event import upcast, upcast_gap
 from leftfold.domain.metadata import NO_METADATA, Metadata
+from leftfold.domain.personal import Key, Keys, Sealing, SubjectMissingError
 
 _METADATA = tuple(field.name for field in fields(Metadata))
 _NOT_STORED = {"originator_id", "originator_version", "metadata"}
+
+
+class KeysWanted(Exception):
+    """Events cannot be encoded before the keys of these subjects are at hand."""
+
+    def __init__(self, subjects: set[str]) -> None:
+        super().__init__()
+        self.subjects = subjects
 
 
 class EventMapper(Mapper[UUID]):
@@ -38,6 +47,9 @@ class EventMapper(Mapper[UUID]):
     types: ClassVar[dict[str, type[Event | Snapshot]]] = {}
     aggregate_topics: ClassVar[dict[str, str]] = {}
     """The aggregate's topic by the event's."""
+
+    keys: Keys | None = None
+    """Seal personal data; without them it is stored in the clear."""
 
     first_versions: ClassVar[frozenset[str]] = frozenset()
     """The topics of events that were never changed: their state is read as it stands."""
@@ -75,16 +87,32 @@ class EventMapper(Mapper[UUID]):
         return tuple(topic for topic, t in cls.types.items() if issubclass(t, Event))
 
     def to_stored_event(self, domain_event: DomainEventProtocol[UUID]) -> StoredEvent:
-        """Encode an event or snapshot for the library; see `encode`."""
-        return StoredEvent(*self.encode(domain_event))
+        """Encode an event or snapshot for the library; see `encode`. May wait for a key."""
+        try:
+            return StoredEvent(*self.encode(domain_event))
+        except KeysWanted as wanted:
+            assert self.keys is not None  # noqa: S101 - they want it
+            self.keys.provide(wanted.subjects)
+            return StoredEvent(*self.encode(domain_event))
 
     def encode(self, event: Any) -> EncodedEvent:
-        """Encode an event or snapshot as JSON. Raises `UnknownTopicError`."""
+        """Encode an event or snapshot as JSON.
+
+        Raises `UnknownTopicError`, `KeysWanted`, `SubjectMissingError`.
+        """
         event_type = type(event)
         topic: str = event_type.TOPIC
         if self.types.get(topic) is not event_type:
             raise UnknownTopicError(topic or event_type.__name__)
-        state: bytes = event_type.__pydantic_serializer__.to_json(event, exclude=_NOT_STORED)
+        sealing = None if self.keys is None else Sealing(partial(_key_for, event, self.keys))
+        state: bytes = event_type.__pydantic_serializer__.to_json(
+            event, exclude=_NOT_STORED, context=sealing
+        )
+        if sealing is not None:
+            if sealing.error is not None:
+                raise sealing.error
+            if sealing.is_key_wanted:
+                raise KeysWanted({event.subject})
         metadata = getattr(event, "metadata", NO_METADATA)
         class_version = getattr(event_type, "class_version", 1)
         if metadata is not NO_METADATA:
@@ -96,6 +124,19 @@ class EventMapper(Mapper[UUID]):
         if self.cipher:
             state = self.cipher.encrypt(state)
         return EncodedEvent(event.originator_id, event.originator_version, topic, state)
+
+    def encode_all(self, events: Iterable[Event]) -> list[EncodedEvent]:
+        """Encode events. Raises `KeysWanted`, for all of them."""
+        encoded: list[EncodedEvent] = []
+        wanted: set[str] = set()
+        for event in events:
+            try:
+                encoded.append(self.encode(event))
+            except KeysWanted as error:
+                wanted |= error.subjects
+        if wanted:
+            raise KeysWanted(wanted)
+        return encoded
 
     def to_domain_event(self, stored_event: StoredEvent) -> Any:
         """Decode a stored event or snapshot.
@@ -120,17 +161,30 @@ class EventMapper(Mapper[UUID]):
             if self.compressor:
                 state = self.compressor.decompress(state)
             if topic in self.first_versions:
-                event = event_type.__pydantic_validator__.validate_json(state)
+                event = event_type.__pydantic_validator__.validate_json(state, context=self.keys)
             else:
-                event = _decode_by_parts(event_type, aggregate_id, version, state)
+                event = self._decode_by_parts(event_type, aggregate_id, version, state)
         except Exception as error:  # noqa: BLE001 - whatever the classes, ciphers and upcasters raise
             # Without its cause: that quotes the state, and personal data with it.
             reason = _reason(error)
             raise UnreadableEventError(topic, str(aggregate_id), version, reason) from None
+        if isinstance(event, Snapshot):
+            event._keys = self.keys
         envelope = vars(event)
         envelope["originator_id"] = aggregate_id
         envelope["originator_version"] = version
         return event
+
+    def _decode_by_parts(
+        self, stored_type: type[Event | Snapshot], aggregate_id: UUID, version: int, state: bytes
+    ) -> Event | Snapshot:
+        """Decode a snapshot, or an event whose stored state may be of an older class version."""
+        parts = from_json(state)
+        if issubclass(stored_type, Snapshot):
+            parts |= {"originator_id": aggregate_id, "originator_version": version}
+        else:
+            parts = upcast(stored_type, parts, parts.pop("class_version", 1))
+        return stored_type.model_validate(parts, context=self.keys)
 
     def decode_all(self, stream: Iterable[EncodedEvent]) -> list[Event]:
         """Decode the events of a stream."""
@@ -144,15 +198,11 @@ def _beside(metadata: Metadata) -> bytes:
     return b',"metadata":%s}' % to_json(known) if known else b"}"
 
 
-def _decode_by_parts(
-    stored_type: type[Event | Snapshot], aggregate_id: UUID, version: int, state: bytes
-) -> Event | Snapshot:
-    """Decode a snapshot, or an event whose stored state may be of an older class version."""
-    fields = from_json(state)
-    if issubclass(stored_type, Snapshot):
-        where = {"originator_id": aggregate_id, "originator_version": version}
-        return stored_type.model_validate({**fields, **where})
-    return stored_type.model_validate(upcast(stored_type, fields, fields.pop("class_version", 1)))
+def _key_for(event: Event, keys: Keys) -> Key | None:
+    subject = event.subject
+    if subject is None:
+        raise SubjectMissingError(event.TOPIC)
+    return keys.of(subject)
 
 
 def _reason(error: Exception) -> str:

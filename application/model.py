@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from leftfold.application.errors import InvalidModelError
@@ -11,6 +11,7 @@ from leftfold.application.mapper import EventMapper
 from leftfold.application.projection import Projection
 from leftfold.application.reading import QueryService
 from leftfold.application.service import Service
+from leftfold.application.snapshots import SnapshotPolicy
 from leftfold.domain import Aggregate
 
 
@@ -26,6 +27,8 @@ class Model:
     services: Sequence[type[Service]] = ()
     projections: Sequence[Projection[Any]] = ()
     queries: Sequence[type[QueryService]] = ()
+    snapshots: Mapping[type[Aggregate], SnapshotPolicy] = field(default_factory=dict)
+    """Where replays may begin; aggregates that are not named are replayed from their beginning."""
 
     def __post_init__(self) -> None:
         known = {event for aggregate in self.aggregates for event in aggregate.EVENTS}
@@ -33,6 +36,9 @@ class Model:
             for aggregate in service.aggregates:
                 if aggregate not in self.aggregates:
                     raise InvalidModelError(f"{service.__name__}: {aggregate.__name__} is missing")
+        for aggregate in self.snapshots:
+            if aggregate not in self.aggregates:
+                raise InvalidModelError(f"snapshots of {aggregate.__name__}, which is missing")
         tables: set[str] = set()
         for projection in self.projections:
             unknown = [event.__name__ for event in projection.event_types if event not in known]

@@ -10,6 +10,7 @@ from uuid import UUID
 
 from leftfold.application.projection import Projection
 from leftfold.domain import ALWAYS, Specification
+from leftfold.domain.personal import Keys
 
 T = TypeVar("T")
 NOTHING: Mapping[UUID, int] = {}
@@ -58,6 +59,16 @@ class EncodedEvent(NamedTuple):
     aggregate_id: UUID
     version: int
     topic: str
+    state: bytes
+
+
+class StoredSnapshot(NamedTuple):
+    """The state of an aggregate at a version."""
+
+    aggregate_id: UUID
+    version: int
+    shape: str
+    """What the aggregate's class was like: one of another shape is of no use."""
     state: bytes
 
 
@@ -157,6 +168,21 @@ class Log(Protocol):
 
     def commands(self, command_ids: Sequence[UUID]) -> dict[UUID, RecordedCommand]:
         """Return what is kept of these commands; those not carried out are left out."""
+        ...
+
+    def snapshots(self, aggregate_ids: Sequence[UUID]) -> list[StoredSnapshot]:
+        """Return the snapshots of these aggregates; one has at most one."""
+        ...
+
+    def keep_snapshots(self, snapshots: Sequence[StoredSnapshot]) -> None:
+        """Keep snapshots in place of older ones of the same shape, or of others."""
+        ...
+
+    def purge(self, older_than: float, limit: int) -> int:
+        """Delete what is kept of commands recorded more than so many seconds ago.
+
+        At most `limit` of them; return how many.
+        """
         ...
 
     def read(self, after: int, limit: int, topics: Sequence[str] = ()) -> list[LoggedEvent]:
@@ -261,8 +287,17 @@ class Store(Protocol):
         """Its projections' tables."""
         ...
 
-    def open(self, projections: Sequence[Projection[Any]], *, create_tables: bool) -> None:
-        """Connect, and make or check the tables of the log and of these projections."""
+    def open(
+        self,
+        projections: Sequence[Projection[Any]],
+        *,
+        create_tables: bool,
+        keys: Keys | None = None,
+    ) -> None:
+        """Connect, and make or check the tables of the log and of these projections.
+
+        Rows that hold personal data need the keys.
+        """
         ...
 
     def close(self) -> None:

@@ -4,7 +4,7 @@ from leftfold.domain.aggregate import Aggregate, Snapshot, project
 from leftfold.domain.errors import AggregateNotFound, DomainError, LeftfoldError
 from leftfold.domain.event import WHEN_RECORDED, Created, DomainEvent, Event
 from leftfold.domain.metadata import Metadata
-from leftfold.domain.personal import Personal
+from leftfold.domain.personal import ERASED, Personal, PersonalDataErased
 from leftfold.domain.result import Err, Ok, Result
 from leftfold.domain.specification import (
     ALWAYS,
@@ -25,6 +25,7 @@ from leftfold.domain.specification import (
 
 __all__ = [
     "ALWAYS",
+    "ERASED",
     "NEVER",
     "WHEN_RECORDED",
     "Aggregate",
@@ -42,6 +43,7 @@ __all__ = [
     "Ok",
     "OpaqueSpecification",
     "Personal",
+    "PersonalDataErased",
     "PrivateAttribute",
     "Result",
     "Snapshot",

@@ -9,11 +9,12 @@ from uuid import NAMESPACE_URL, UUID, uuid5
 
 import eventsourcing.domain
 from eventsourcing.domain import CanSnapshotAggregate
-from pydantic import AwareDatetime, BaseModel, ConfigDict, TypeAdapter
+from pydantic import AwareDatetime, BaseModel, ConfigDict, PrivateAttr, TypeAdapter
 from typing_extensions import TypedDict
 
 from leftfold.domain import clock
 from leftfold.domain.event import Created, Event
+from leftfold.domain.personal import Keys, Sealing
 
 A = TypeVar("A", bound="Aggregate")
 
@@ -36,6 +37,7 @@ class Snapshot(BaseModel, CanSnapshotAggregate[UUID]):
     state: dict[str, Any]  # validated by `state_of`, field by field
     created_on: AwareDatetime
     modified_on: AwareDatetime
+    _keys: Keys | None = PrivateAttr(None)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__()
@@ -56,7 +58,9 @@ class Snapshot(BaseModel, CanSnapshotAggregate[UUID]):
             originator_version=aggregate.version,
             timestamp=clock.now(),
             topic=cls.TOPIC,
-            state=_state_adapter(cls.aggregate_type).dump_python(state, mode="json"),
+            state=_state_adapter(cls.aggregate_type).dump_python(
+                state, mode="json", context=Sealing()
+            ),
             created_on=aggregate.created_on,
             modified_on=aggregate.modified_on,
         )
@@ -66,7 +70,8 @@ class Snapshot(BaseModel, CanSnapshotAggregate[UUID]):
         aggregate = object.__new__(self.aggregate_type)
         aggregate.__base_init__(self.originator_id, self.originator_version, self.created_on)
         aggregate.modified_on = self.modified_on
-        vars(aggregate).update(_state_adapter(self.aggregate_type).validate_python(self.state))
+        adapter = _state_adapter(self.aggregate_type)
+        vars(aggregate).update(adapter.validate_python(self.state, context=self._keys))
         return aggregate
 
 

@@ -17,6 +17,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict
 
 from leftfold.domain import metadata
 from leftfold.domain.metadata import NO_METADATA, Metadata
+from leftfold.domain.personal import Personal
 
 if TYPE_CHECKING:
     from leftfold.domain.aggregate import Aggregate
@@ -47,6 +48,8 @@ class Event(BaseModel, CanMutateAggregate[UUID]):
     was recorded. `occurred_at` may be given, and is otherwise the time of recording.
     A field that is added, renamed or removed raises `class_version` (in the class body) and adds
     `upcast_vN_vM(state)`, a static method that turns the older stored state into the newer.
+    An event whose personal data is not about its aggregate names the field that says about whom:
+    `subject="customer_id"`.
     An event whose topic is changed names the topics that it had before as `aliases=("…",)`.
     """
 
@@ -54,6 +57,7 @@ class Event(BaseModel, CanMutateAggregate[UUID]):
 
     TOPIC: ClassVar[str] = ""
     ALIASES: ClassVar[tuple[str, ...]] = ()
+    SUBJECT: ClassVar[str] = ""
     class_version: ClassVar[int] = 1
 
     originator_id: UUID = NOBODY
@@ -63,17 +67,32 @@ class Event(BaseModel, CanMutateAggregate[UUID]):
     metadata: Metadata = NO_METADATA
 
     def __init_subclass__(
-        cls, *, topic: str = "", aliases: tuple[str, ...] = (), **kwargs: Any
+        cls,
+        *,
+        topic: str = "",
+        aliases: tuple[str, ...] = (),
+        subject: str = "",
+        **kwargs: Any,
     ) -> None:
         # The library's __init_subclass__ takes no arguments; pydantic's metaclass reads its own.
         super().__init_subclass__()
         if topic:
-            cls.TOPIC, cls.ALIASES = topic, aliases
+            cls.TOPIC, cls.ALIASES, cls.SUBJECT = topic, aliases, subject
 
     @property
     def recorded_at(self) -> datetime:
         """When the event was recorded (UTC)."""
         return self.timestamp
+
+    @property
+    def subject(self) -> str | None:
+        """Whom the event's personal data is about: by default its aggregate, by its id."""
+        if not self.SUBJECT:
+            return str(self.originator_id)
+        named = getattr(self, self.SUBJECT)
+        if isinstance(named, Personal):
+            named = named.reveal()
+        return None if named is None else str(named)
 
     def facts(self) -> dict[str, object]:
         """Return the event's own fields, without the envelope."""

@@ -107,7 +107,7 @@ class StockReceived(Event, topic="leftfold.item.stock_received"):
         item.on_hand += self.quantity
 
 
-class StockSold(Event, topic="leftfold.item.stock_sold"):
+class StockSold(Event, topic="leftfold.item.stock_sold", subject="customer_id"):
     invoice: str
     quantity: int
     unit_price: Decimal
@@ -118,7 +118,7 @@ class StockSold(Event, topic="leftfold.item.stock_sold"):
         item.on_hand -= self.quantity
 
 
-class StockReturned(Event, topic="leftfold.item.stock_returned"):
+class StockReturned(Event, topic="leftfold.item.stock_returned", subject="customer_id"):
     invoice: str
     quantity: int
     unit_price: Decimal

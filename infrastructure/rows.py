@@ -16,6 +16,7 @@ from uuid import UUID
 
 from leftfold.application import InvalidModelError, Projection, ValidationFailed
 from leftfold.application.ports import Order, Seek
+from leftfold.domain import Personal
 from leftfold.domain.specification.values import millionths
 from leftfold.infrastructure.errors import ValueOutOfRangeError
 
@@ -107,11 +108,13 @@ class Column:
     name: str
     python_type: type[Any]
     is_optional: bool
+    kind: Any = None
+    """Of personal data: the type of the value."""
 
     @property
     def stored_type(self) -> type[Any]:
         """The type whose values are stored: the text of an enumeration."""
-        return str if issubclass(self.python_type, Enum) else self.python_type
+        return str if issubclass(self.python_type, (Enum, Personal)) else self.python_type
 
 
 def columns_of(projection: Projection[Any]) -> tuple[Column, ...]:
@@ -128,6 +131,8 @@ def _column(projection: Projection[Any], name: str, hint: Any) -> Column:
     is_union = typing.get_origin(hint) in {typing.Union, types.UnionType}
     options = typing.get_args(hint) if is_union else (hint,)
     plain = [option for option in options if option is not types.NoneType]
+    if len(plain) == 1 and typing.get_origin(plain[0]) is Personal:
+        return Column(name, Personal, len(options) > 1, *typing.get_args(plain[0]))
     if len(plain) == 1 and isinstance(plain[0], type):
         (python_type,) = plain
         is_text = issubclass(python_type, Enum) and all(
@@ -141,9 +146,12 @@ def _column(projection: Projection[Any], name: str, hint: Any) -> Column:
 def describe(columns: Sequence[Column]) -> str:
     """Return columns as text, to notice a row type that was changed: `sku str, sold datetime?`."""
     return ", ".join(
-        f"{column.name} {column.stored_type.__name__}{'?' * column.is_optional}"
-        for column in columns
+        f"{column.name} {_described(column)}{'?' * column.is_optional}" for column in columns
     )
+
+
+def _described(column: Column) -> str:
+    return "Personal" if column.python_type is Personal else column.stored_type.__name__
 
 
 class RowShape(Generic[R]):
@@ -240,7 +248,16 @@ class RowShape(Generic[R]):
 def _encoder(column: Column, encoders: Mapping[type, Callable[[Any], Any]]) -> Callable[[Any], Any]:
     if issubclass(column.python_type, Enum):
         return _text_of(encoders[str])
+    if column.python_type is Personal:
+        return _token_of
     return encoders[column.python_type]
+
+
+def _token_of(personal: Personal[Any]) -> str:
+    if not personal.token:
+        msg = "personal data that no event holds"
+        raise ValueError(msg)
+    return personal.token
 
 
 def _text_of(encode: Callable[[Any], Any]) -> Callable[[Any], Any]:

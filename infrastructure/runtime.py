@@ -12,6 +12,8 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from eventsourcing.persistence import PersistenceError
+
 from leftfold.application import (
     CommandBus,
     Dispatch,
@@ -35,10 +37,12 @@ from leftfold.infrastructure.access import StoreAccess
 from leftfold.infrastructure.errors import ForkedRuntimeError, NotRunningError
 from leftfold.infrastructure.follower import Follower
 from leftfold.infrastructure.health import Health, ProjectionHealth, Watched
+from leftfold.infrastructure.keyring import Keyring
 from leftfold.infrastructure.platform import PATIENCE, SystemPlatform, at_work, sigterm
 from leftfold.infrastructure.resilience import CircuitState
 from leftfold.infrastructure.settings import Settings, load_settings
 from leftfold.infrastructure.stores import SharedLog, make_store
+from leftfold.infrastructure.stores.keys import make_keys
 from leftfold.infrastructure.views import FollowedViews, StoredHistories
 
 if TYPE_CHECKING:
@@ -46,6 +50,13 @@ if TYPE_CHECKING:
     from leftfold.infrastructure.telemetry import Telemetry
 
 _log = logging.getLogger("leftfold.runtime")
+
+PURGE_INTERVAL = 3_600.0
+"""Seconds between purges."""
+PURGED_AT_ONCE = 1_000
+"""Receipts deleted in one transaction."""
+REFRESHES = 4
+"""How often what was forgotten is asked for before all that is at hand is distrusted."""
 
 
 class Runtime:
@@ -86,6 +97,7 @@ class Runtime:
         self._watched = tuple(watched)
         self._telemetry = telemetry
         self._store = make_store(self.settings)
+        self._keyring = Keyring(make_keys(self.settings), self.settings.forget_within)
         self._owner = os.getpid()
         self._platform: SystemPlatform | None = None  # from the beginning of open to close's end
         self._parts: _Parts | None = None
@@ -142,6 +154,22 @@ class Runtime:
             return Err(error)
         return await self._wait(parts.followers.values(), head, timeout)
 
+    async def forget(self, subject: str) -> bool:
+        """Erase a subject's personal data; tell whether there was any.
+
+        The key that it is sealed under is deleted. What is in this process is erased when this
+        returns, in every other process after the setting `forget_within` (seconds): in events,
+        histories, snapshots, views, caches and receipts. Raises `KeysUnavailable`.
+        """
+        return await self._opened.platform.in_thread(self._keyring.forget, subject)
+
+    async def purge_receipts(self) -> int:
+        """Delete the receipts that are older than the setting `receipts_kept`; return how many.
+
+        An open runtime does it by itself every hour. Raises `EventStoreUnavailable`.
+        """
+        return await self._opened.purge(self.settings.receipts_kept)
+
     def health(self) -> Health:
         """Tell how the runtime is, without asking the database."""
         projections = tuple(
@@ -178,14 +206,15 @@ class Runtime:
         telemetry = self._telemetry
         async with AsyncExitStack() as undo:
             undo.callback(self._forget)
-            undo.push_async_callback(platform.close_then, self._store.close)
+            undo.push_async_callback(platform.close_then, self._close_stores)
             await platform.in_thread(self._open_store)
             self._parts = _Parts(
                 self.model,
                 self.settings,
                 self._store,
                 platform,
-                self._make_mapper(),
+                self._factory(),
+                self._keyring,
                 (self._guard, *self._middleware),
                 telemetry,
             )
@@ -234,7 +263,7 @@ class Runtime:
         async with AsyncExitStack() as last:  # from its end to its beginning, whatever happens
             last.callback(sigterm.discard, self._begin_close)
             last.callback(self._forget)
-            last.push_async_callback(parts.platform.close_then, self._store.close)
+            last.push_async_callback(parts.platform.close_then, self._close_stores)
             last.push_async_callback(parts.stop)
             await parts.drain(self.settings.command_timeout + PATIENCE)
             self._parts = None
@@ -272,13 +301,22 @@ class Runtime:
         return await call_next(dispatch)
 
     def _open_store(self) -> None:
-        self._store.open(self.model.projections, create_tables=self.settings.create_tables)
+        self._store.open(
+            self.model.projections, create_tables=self.settings.create_tables, keys=self._keyring
+        )
 
-    def _make_mapper(self) -> EventMapper:
-        factory = SharedLog(self._store.log)
-        mapper = factory.mapper(mapper_class=self.model.mapper_class())
-        assert isinstance(mapper, EventMapper)  # noqa: S101 - made of that class
-        return mapper
+    def _close_stores(self) -> None:
+        self._keyring.close()
+        self._store.close()
+
+    def _factory(self) -> SharedLog:
+        settings = self.settings
+        env = {
+            "COMPRESSOR_TOPIC": settings.compressor_topic,
+            "CIPHER_TOPIC": settings.cipher_topic,
+            "CIPHER_KEY": settings.cipher_key.get_secret_value(),
+        }
+        return SharedLog(self._store.log, self._keyring, env)
 
 
 class _Parts:
@@ -290,12 +328,17 @@ class _Parts:
         settings: Settings,
         store: Store,
         platform: SystemPlatform,
-        mapper: EventMapper,
+        factory: SharedLog,
+        keyring: Keyring,
         middleware: Sequence[Middleware],
         telemetry: Telemetry | None,
     ) -> None:
         self.platform = platform
         self._store = store
+        self._keyring = keyring
+        self._forget_within = settings.forget_within
+        mapper = factory.mapper(mapper_class=model.mapper_class())
+        assert isinstance(mapper, EventMapper)  # noqa: S101 - made of that class
         self._poll_interval = settings.poll_interval
         self._store_timeout = settings.store_timeout
         self.followers: dict[str, Follower[Any]] = {
@@ -328,6 +371,7 @@ class _Parts:
             self.access,
             memory=settings.memory,
             limit=settings.max_commands,
+            snapshots=model.snapshots,
             committed=self._wake,
         )
         self.commands = CommandBus(
@@ -339,7 +383,7 @@ class _Parts:
             self._execution,
             platform.new_id,
         )
-        self._services = [service(store=SharedLog(store.log)) for service in model.services]
+        self._services = [service(store=factory) for service in model.services]
         for service in self._services:
             self.commands.add(*service.handlers())
         self._answering = _Answering(platform)
@@ -350,7 +394,11 @@ class _Parts:
             self.queries.add(*query_service(views, histories).handlers())
         self._following = [platform.spawn(f.run()) for f in self.followers.values()]
         self._watching = platform.spawn(self._watch())
-        self._cutting = platform.spawn(self._cut())
+        self._housekeeping = (
+            platform.spawn(self._cut()),
+            platform.spawn(self._forget()),
+            platform.spawn(self._purge(settings.receipts_kept)),
+        )
 
     async def drain(self, seconds: float) -> None:
         """Finish commands, then queries, which commands may need; each within some seconds."""
@@ -363,7 +411,8 @@ class _Parts:
             follower.stop()
         self._watching.cancel()
         await _within(PATIENCE, asyncio.wait((*self._following, self._watching)))
-        self._cutting.cancel()
+        for task in self._housekeeping:
+            task.cancel()
 
     def _wake(self) -> None:
         for follower in self.followers.values():
@@ -374,6 +423,32 @@ class _Parts:
         while True:
             await self.platform.sleep(self._store_timeout / 10)
             self._store.cut(self._store_timeout)
+
+    async def _forget(self) -> None:
+        """Learn what other processes have forgotten."""
+        while True:
+            await self.platform.sleep(self._forget_within / REFRESHES)
+            try:
+                await self.platform.in_thread(self._keyring.refresh)
+            except PersistenceError as error:
+                _log.warning("%s", error)
+
+    async def _purge(self, kept: float) -> None:
+        """Delete receipts that are old enough, now and then."""
+        while True:
+            await self.platform.sleep(min(PURGE_INTERVAL, kept))
+            try:
+                await self.purge(kept)
+            except (EventStoreUnavailable, PersistenceError) as error:
+                _log.warning("receipts are not purged: %s", error)
+
+    async def purge(self, kept: float) -> int:
+        purged = 0
+        while True:
+            found = await self.access.read(self._store.log.purge, kept, PURGED_AT_ONCE)
+            purged += found
+            if found < PURGED_AT_ONCE:
+                return purged
 
     async def _watch(self) -> None:
         """Wake the followers when another process wrote; a hint only, which may be lost."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from leftfold.infrastructure.errors import InvalidSettingsError
@@ -20,6 +20,20 @@ class Settings(BaseSettings):
 
     store: str = Field(default="memory:", repr=False)
     """`memory:`, `sqlite:///path` or `postgresql://…`."""
+    keys: str = Field(default="", repr=False)
+    """Where the keys of personal data are kept: forms as for `store`. By default near the store:
+    in memory, in `path.keys`, in the same PostgreSQL database, which a backup would keep together.
+    """
+    forget_within: Seconds = 5.0
+    """Seconds after which what one process forgets is erased in all of them."""
+    receipts_kept: Seconds = 30 * 86_400.0
+    """Seconds that receipts are kept: so long a command that is repeated is not done again."""
+    compressor_topic: str = ""
+    """The eventsourcing library's setting: `eventsourcing.compressor:ZlibCompressor`."""
+    cipher_topic: str = ""
+    """The eventsourcing library's setting: `eventsourcing.cryptography:AESCipher`."""
+    cipher_key: SecretStr = SecretStr("")
+    """The eventsourcing library's setting: 16, 24 or 32 bytes as base64."""
     create_tables: bool = True
     """Make missing tables at start; if not, `leftfold migrate` has to."""
     memory: Annotated[int, Field(ge=1)] = 10_000

@@ -22,7 +22,8 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 
 from leftfold.application import Projection
 from leftfold.application.ports import Order, Seek
-from leftfold.domain import ALWAYS, Specification
+from leftfold.domain import ALWAYS, Personal, Specification
+from leftfold.domain.personal import Keys
 from leftfold.domain.specification.values import MAX_DECIMALS
 from leftfold.infrastructure.rows import (
     CHECKS,
@@ -137,7 +138,9 @@ class ViewTable(Generic[R]):
     Raises `InvalidModelError` for a row type that has no columns.
     """
 
-    def __init__(self, projection: Projection[R], dialect: sa.Dialect) -> None:
+    def __init__(
+        self, projection: Projection[R], dialect: sa.Dialect, keys: Keys | None = None
+    ) -> None:
         """Derive the table from the projection's row type."""
         is_sqlite = dialect is SQLITE
         kinds = _SQLITE_KINDS if is_sqlite else _POSTGRES_KINDS
@@ -156,7 +159,7 @@ class ViewTable(Generic[R]):
             shown.append((kind.display(column) if kind.display else column).label(field.name))
             if issubclass(field.python_type, Enum):
                 self._enums.add(field.name)
-            decode = _decoder(field, kind)
+            decode = _decoder(field, kind, keys)
             if decode:
                 self._decoders.append((index, decode))
         member = sa.Column("member", sa.Boolean, nullable=False)
@@ -336,5 +339,9 @@ def _beyond(
     return sa.or_(column > value, same)
 
 
-def _decoder(field: Column, kind: _Kind) -> Callable[[Any], object] | None:
+def _decoder(field: Column, kind: _Kind, keys: Keys | None) -> Callable[[Any], object] | None:
+    if field.python_type is Personal:
+        if keys is None:
+            return Personal
+        return lambda token: Personal.sealed(token, keys, field.kind)
     return field.python_type if issubclass(field.python_type, Enum) else kind.decode

@@ -16,6 +16,7 @@ from pydantic.errors import PydanticInvalidForJsonSchema
 
 from leftfold.application.caching import InvalidCacheArgumentError
 from leftfold.domain import LeftfoldError
+from leftfold.domain.personal import Sealing
 from leftfold.infrastructure.caches.entries import NEVER, Change, Kept, Times
 from leftfold.infrastructure.caches.globs import encoded, literal
 from leftfold.infrastructure.caches.loading import Flight, LoadingCache
@@ -128,12 +129,15 @@ class Codec(Generic[T]):
 
     def encode(self, kept: Kept[T]) -> bytes:
         """Return a document. Raises `InvalidCacheArgumentError` if it would not come back."""
-        body = b""
+        body, sealing = b"", Sealing(lambda: None)
         try:
-            body = self._adapter.dump_json(kept.value, warnings="none")  # they quote the value
+            # Without warnings: they quote the value.
+            body = self._adapter.dump_json(kept.value, warnings="none", context=sealing)
             is_the_same = self._adapter.validate_json(body) == kept.value
         except (ValueError, TypeError):  # pydantic's errors among them, which quote the value
             is_the_same = False
+        if sealing.has_met_some:
+            raise InvalidCacheArgumentError("value", "personal data is not kept outside")
         if not is_the_same:
             raise InvalidCacheArgumentError("value", f"JSON does not keep this {self._kind}")
         expires = None if kept.expires == NEVER else kept.expires

@@ -8,12 +8,16 @@ from eventsourcing.persistence import (
     AggregateRecorder,
     ApplicationRecorder,
     InfrastructureFactory,
+    Mapper,
     ProcessRecorder,
     TrackingRecorder,
+    Transcoder,
 )
+from eventsourcing.utils import Environment, EnvType
 
-from leftfold.application import InvalidModelError
+from leftfold.application import EventMapper, InvalidModelError
 from leftfold.application.ports import Store
+from leftfold.domain.personal import Keys
 from leftfold.infrastructure.errors import InvalidSettingsError, MissingPackageError
 from leftfold.infrastructure.settings import Settings, masked
 from leftfold.infrastructure.stores.memory import MemoryStore
@@ -56,10 +60,24 @@ class SharedLog(InfrastructureFactory[Any]):
     """
 
     def __init__(
-        self, recorder: Any
-    ) -> None:  # one of our recorders; the library has no common type
-        super().__init__({})
+        self,
+        recorder: Any,  # one of our recorders; the library has no common type
+        keys: Keys | None = None,
+        env: EnvType | None = None,
+    ) -> None:
+        super().__init__(Environment(env=env))
         self._recorder = recorder
+        self._keys = keys
+
+    def mapper(
+        self,
+        transcoder: Transcoder | None = None,
+        mapper_class: type[Mapper[Any]] | None = None,
+    ) -> Mapper[Any]:
+        mapper = super().mapper(transcoder, mapper_class)
+        if isinstance(mapper, EventMapper):
+            mapper.keys = self._keys
+        return mapper
 
     def application_recorder(self) -> ApplicationRecorder:
         recorder: ApplicationRecorder = self._recorder

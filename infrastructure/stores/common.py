@@ -13,11 +13,12 @@ from eventsourcing.persistence import Notification, StoredEvent
 
 from leftfold.application import Projection
 from leftfold.application.ports import EncodedEvent, LoggedEvent
+from leftfold.domain.personal import Keys
 from leftfold.infrastructure.tables import ViewTable
 
 R = TypeVar("R")
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MAX_VERSION = 2**62
 
 
@@ -51,12 +52,13 @@ class Tables:
 
     dialect: ClassVar[sa.Dialect]
 
-    def __init__(self) -> None:
+    def __init__(self, keys: Keys | None) -> None:
+        self._keys = keys
         self._tables: dict[str, ViewTable[Any]] = {}
 
     def table(self, projection: Projection[R]) -> ViewTable[R]:
         if projection.table not in self._tables:
-            self._tables[projection.table] = ViewTable(projection, self.dialect)
+            self._tables[projection.table] = ViewTable(projection, self.dialect, self._keys)
         return self._tables[projection.table]
 
     @abstractmethod

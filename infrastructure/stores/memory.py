@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -22,10 +22,13 @@ from leftfold.application.ports import (
     Repeated,
     Seek,
     Stale,
+    StoredSnapshot,
     Verdict,
 )
 from leftfold.domain import ALWAYS, Specification
+from leftfold.domain.personal import Keys
 from leftfold.domain.specification.values import plain
+from leftfold.infrastructure.platform import monotonic
 from leftfold.infrastructure.rows import RowShape
 
 R = TypeVar("R")
@@ -39,6 +42,8 @@ class MemoryLog(POPOProcessRecorder):
     def __init__(self) -> None:
         super().__init__()
         self._commands: dict[UUID, RecordedCommand] = {}
+        self._recorded: dict[UUID, float] = {}  # oldest first
+        self._kept: dict[UUID, StoredSnapshot] = {}
 
     def commit(self, groups: Sequence[Group]) -> list[Verdict]:
         with self._database_lock:
@@ -59,6 +64,7 @@ class MemoryLog(POPOProcessRecorder):
             self._update_table([StoredEvent(*event) for event in save.events])
             position = len(self._stored_events) if save.events else 0
             positions.append(position)
+            self._recorded[save.command_id] = monotonic()
             self._commands[save.command_id] = RecordedCommand(
                 save.command_id, save.command, save.aggregates, position, save.answer
             )
@@ -102,6 +108,25 @@ class MemoryLog(POPOProcessRecorder):
     def commands(self, command_ids: Iterable[UUID]) -> dict[UUID, RecordedCommand]:
         with self._database_lock:
             return {i: self._commands[i] for i in command_ids if i in self._commands}
+
+    def snapshots(self, aggregate_ids: Sequence[UUID]) -> list[StoredSnapshot]:
+        return [self._kept[i] for i in aggregate_ids if i in self._kept]
+
+    def keep_snapshots(self, snapshots: Sequence[StoredSnapshot]) -> None:
+        with self._database_lock:
+            for snapshot in snapshots:
+                kept = self._kept.get(snapshot.aggregate_id)
+                if kept is None or kept.shape != snapshot.shape or kept.version < snapshot.version:
+                    self._kept[snapshot.aggregate_id] = snapshot
+
+    def purge(self, older_than: float, limit: int) -> int:
+        latest = monotonic() - older_than
+        with self._database_lock:
+            oldest = islice(self._recorded.items(), limit)
+            old = list(takewhile(lambda recorded: recorded[1] < latest, oldest))
+            for command_id, _ in old:
+                del self._recorded[command_id], self._commands[command_id]
+        return len(old)
 
     def read(self, after: int, limit: int, topics: Sequence[str] = ()) -> list[LoggedEvent]:
         wanted = frozenset(topics)
@@ -227,7 +252,13 @@ class MemoryStore:
         self.log = MemoryLog()
         self.views = MemoryViews()
 
-    def open(self, projections: Sequence[Projection[Any]], *, create_tables: bool) -> None:  # noqa: ARG002 - there are none
+    def open(
+        self,
+        projections: Sequence[Projection[Any]],
+        *,
+        create_tables: bool,  # noqa: ARG002 - there are none
+        keys: Keys | None = None,  # noqa: ARG002 - rows are kept as they are
+    ) -> None:
         """Check the row types: there are no tables to make. Raises `InvalidModelError`."""
         for projection in projections:
             RowShape(projection)

@@ -39,9 +39,11 @@ from leftfold.application.ports import (
     Save,
     Seek,
     Stale,
+    StoredSnapshot,
     Verdict,
 )
 from leftfold.domain import ALWAYS, Specification
+from leftfold.domain.personal import Keys
 from leftfold.infrastructure.errors import (
     InvalidSettingsError,
     SchemaMissingError,
@@ -246,6 +248,40 @@ class PostgresLog(Notifying, PostgresProcessRecorder):
                 for command_id, command, aggregates, position, answer in cursor
             }
 
+    def snapshots(self, aggregate_ids: Sequence[UUID]) -> list[StoredSnapshot]:
+        with self.datastore.reading(binary=True) as cursor:
+            cursor.execute(
+                "SELECT originator_id, originator_version, shape, state FROM leftfold_snapshots "
+                "WHERE originator_id = ANY(%s)",
+                (list(aggregate_ids),),
+                prepare=True,
+            )
+            return [StoredSnapshot(*values) for values in cursor]
+
+    def keep_snapshots(self, snapshots: Sequence[StoredSnapshot]) -> None:
+        with self.datastore.writing() as cursor:
+            cursor.execute("SET LOCAL synchronous_commit = off")
+            cursor.executemany(
+                "INSERT INTO leftfold_snapshots AS kept VALUES (%s, %s, %s, %s) "
+                "ON CONFLICT (originator_id) DO UPDATE SET shape = excluded.shape, "
+                "originator_version = excluded.originator_version, state = excluded.state "
+                "WHERE kept.shape <> excluded.shape "
+                "OR kept.originator_version < excluded.originator_version",
+                sorted(snapshots),  # in one order, so that no two wait for each other
+            )
+
+    def purge(self, older_than: float, limit: int) -> int:
+        with self.datastore.writing() as cursor:
+            cursor.execute("SET LOCAL synchronous_commit = off")
+            cursor.execute(
+                "DELETE FROM leftfold_commands WHERE command_id IN ("
+                "SELECT command_id FROM leftfold_commands "
+                "WHERE recorded_at < now() - make_interval(secs => %s) "
+                "LIMIT %s FOR UPDATE SKIP LOCKED)",
+                (older_than, limit),
+            )
+            return cursor.rowcount
+
     def read(self, after: int, limit: int, topics: Sequence[str] = ()) -> list[LoggedEvent]:
         with self.datastore.reading(binary=True) as cursor:
             cursor.execute(
@@ -351,8 +387,8 @@ class PostgresViews(Tables):
 
     dialect = POSTGRES
 
-    def __init__(self, database: PostgresDatabase) -> None:
-        super().__init__()
+    def __init__(self, database: PostgresDatabase, keys: Keys | None) -> None:
+        super().__init__(keys)
         self._database = database
 
     def checkpoint(self, projection: Projection[Any]) -> int:
@@ -474,7 +510,13 @@ class PostgresStore:
         self._listening = Lock()
         self._parts = _parts(url)
 
-    def open(self, projections: Sequence[Projection[Any]], *, create_tables: bool) -> None:
+    def open(
+        self,
+        projections: Sequence[Projection[Any]],
+        *,
+        create_tables: bool,
+        keys: Keys | None = None,
+    ) -> None:
         """Connect, and see to the tables.
 
         Raises `StoreUnavailableError`, `SchemaMissingError`, `SchemaVersionError`,
@@ -489,7 +531,7 @@ class PostgresStore:
         except psycopg.Error as error:
             raise StoreUnavailableError(self.name, _without_values(error)) from None
         database = self._database = PostgresDatabase(self._parts, self._lock_timeout)
-        self.views = PostgresViews(database)
+        self.views = PostgresViews(database, keys)
         for projection in projections:
             self.views.table(projection)
         self.log = PostgresLog(database, events_table_name="stored_events")
@@ -527,6 +569,10 @@ class PostgresStore:
                 cursor.execute("INSERT INTO leftfold_schema VALUES (%s)", (SCHEMA_VERSION,))
         elif made is None or made[0] is None:
             raise SchemaMissingError(self.name, ours)
+        if create_tables:  # every version up to now has only added to the one before
+            cursor.execute(
+                "UPDATE leftfold_schema SET version = %s WHERE version < %s", (SCHEMA_VERSION,) * 2
+            )
         row = cursor.execute("SELECT version FROM leftfold_schema").fetchone()
         if row != (SCHEMA_VERSION,):
             raise SchemaVersionError(self.name, row[0] if row else 0, SCHEMA_VERSION)

@@ -131,6 +131,13 @@ STATEMENTS = (
         position bigint NOT NULL,
         aggregates text NOT NULL,
         answer bytea)""",
+    """CREATE INDEX IF NOT EXISTS leftfold_commands_recorded
+        ON leftfold_commands USING brin (recorded_at)""",
+    """CREATE TABLE IF NOT EXISTS leftfold_snapshots (
+        originator_id uuid PRIMARY KEY,
+        originator_version bigint NOT NULL,
+        shape text NOT NULL,
+        state bytea NOT NULL)""",
     """CREATE TABLE IF NOT EXISTS leftfold_checkpoints (
         name text NOT NULL,
         version int NOT NULL,

@@ -42,9 +42,11 @@ from leftfold.application.ports import (
     Save,
     Seek,
     Stale,
+    StoredSnapshot,
     Verdict,
 )
 from leftfold.domain import ALWAYS, Specification
+from leftfold.domain.personal import Keys
 from leftfold.infrastructure.errors import (
     SchemaMissingError,
     SchemaVersionError,
@@ -96,6 +98,11 @@ TABLES = (
         position INTEGER NOT NULL,
         aggregates TEXT NOT NULL,
         answer BLOB) WITHOUT ROWID""",
+    """CREATE TABLE IF NOT EXISTS leftfold_snapshots (
+        originator_id BLOB PRIMARY KEY,
+        originator_version INTEGER NOT NULL,
+        shape TEXT NOT NULL,
+        state BLOB NOT NULL) WITHOUT ROWID""",
     """CREATE TABLE IF NOT EXISTS leftfold_checkpoints (
         name TEXT NOT NULL,
         version INTEGER NOT NULL,
@@ -301,6 +308,42 @@ class SQLiteLog(Notifying, SQLiteProcessRecorder):
                     )
         return found
 
+    def snapshots(self, aggregate_ids: Sequence[UUID]) -> list[StoredSnapshot]:
+        found: list[StoredSnapshot] = []
+        with self.datastore.reading() as cursor:
+            for aggregate_id in aggregate_ids:
+                cursor.execute(
+                    "SELECT originator_version, shape, state FROM leftfold_snapshots "
+                    "WHERE originator_id = ?",
+                    (aggregate_id.bytes,),
+                )
+                found += [StoredSnapshot(aggregate_id, *values) for values in cursor]
+        return found
+
+    def keep_snapshots(self, snapshots: Sequence[StoredSnapshot]) -> None:
+        rows = [(s.aggregate_id.bytes, s.version, s.shape, s.state) for s in snapshots]
+        with self.datastore.writing(durable=False) as connection:
+            connection.executemany(
+                "INSERT INTO leftfold_snapshots VALUES (?, ?, ?, ?) "
+                "ON CONFLICT (originator_id) DO UPDATE SET shape = excluded.shape, "
+                "originator_version = excluded.originator_version, state = excluded.state "
+                "WHERE shape <> excluded.shape OR originator_version < excluded.originator_version",
+                rows,
+            )
+
+    def purge(self, older_than: float, limit: int) -> int:
+        with self.datastore.reading() as cursor:  # all are looked at, before the lock is taken
+            cursor.execute(
+                "SELECT command_id FROM leftfold_commands "
+                "WHERE recorded_at < strftime('%Y-%m-%dT%H:%M:%fZ', 'now', ?) LIMIT ?",
+                (f"-{older_than:.3f} seconds", limit),
+            )
+            old = cursor.fetchall()
+        if old:
+            with self.datastore.writing(durable=False) as connection:
+                connection.executemany("DELETE FROM leftfold_commands WHERE command_id = ?", old)
+        return len(old)
+
     def read(self, after: int, limit: int, topics: Sequence[str] = ()) -> list[LoggedEvent]:
         of_topics = f"AND topic IN ({','.join('?' * len(topics))}) " if topics else ""
         with self.datastore.reading() as cursor:
@@ -452,8 +495,8 @@ class SQLiteViews(Tables):
 
     dialect = SQLITE
 
-    def __init__(self, file: SQLiteFile) -> None:
-        super().__init__()
+    def __init__(self, file: SQLiteFile, keys: Keys | None) -> None:
+        super().__init__(keys)
         self._file = file
 
     def checkpoint(self, projection: Projection[Any]) -> int:
@@ -536,7 +579,13 @@ class SQLiteStore:
         self._seen = 0
         self._file: SQLiteFile | None = None
 
-    def open(self, projections: Sequence[Projection[Any]], *, create_tables: bool) -> None:
+    def open(
+        self,
+        projections: Sequence[Projection[Any]],
+        *,
+        create_tables: bool,
+        keys: Keys | None = None,
+    ) -> None:
         """Open the file and see to its tables.
 
         Raises `StoreUnavailableError`, `SchemaMissingError`, `SchemaVersionError`,
@@ -548,7 +597,7 @@ class SQLiteStore:
             self._prepare_file()
             file = SQLiteFile(str(self._path), self._lock_timeout)
             self._file = file
-            self.views = SQLiteViews(file)
+            self.views = SQLiteViews(file, keys)
             self.log = SQLiteLog(file)
             with file.writing() as connection:
                 _set_up(connection, self.name, self.log, create_tables=create_tables)
@@ -622,6 +671,10 @@ def _set_up(
             connection.execute("INSERT INTO leftfold_schema VALUES (?)", (SCHEMA_VERSION,))
     elif not _has_table(connection, "leftfold_schema"):
         raise SchemaMissingError(name, "leftfold_schema")
+    if create_tables:  # every version up to now has only added to the one before
+        connection.execute(
+            "UPDATE leftfold_schema SET version = ? WHERE version < ?", (SCHEMA_VERSION,) * 2
+        )
     (found,) = connection.execute("SELECT version FROM leftfold_schema").fetchone()
     if found != SCHEMA_VERSION:
         raise SchemaVersionError(name, found, SCHEMA_VERSION)
