@@ -152,7 +152,7 @@ def cached(
     An answer is kept for `ttl` seconds under its `key` (by default the query's name and fields),
     with `tags`; refusals are not kept. It is kept with the position in the log that it was read
     at, so that `after=receipt` holds: an older one is not served. While the event store cannot be
-    reached the cache may answer with one that has expired.
+    reached the cache may answer with one that has expired. What reveals personal data is not kept.
     """
 
     async def around(dispatch: Dispatch[Any], call_next: Step) -> Outcome:

@@ -21,7 +21,7 @@ from leftfold.application import (
     ValidationFailed,
     ViewBehind,
 )
-from leftfold.domain import Result
+from leftfold.domain import Metadata, Result
 from leftfold.infrastructure.errors import NotRunningError
 from leftfold.infrastructure.health import Health
 from leftfold.infrastructure.platform import sigterm, start_thread
@@ -38,18 +38,30 @@ class BlockingCommands:
         self._facade = facade
 
     def dispatch(
-        self, command: Command[T, E], *, command_id: UUID | None = None
+        self,
+        command: Command[T, E],
+        *,
+        command_id: UUID | None = None,
+        metadata: Metadata | None = None,
     ) -> Result[T, E | DispatchError]:
         """Carry out a command."""
         bus = self._facade.runtime.commands
-        return self._facade.call(lambda: bus.dispatch(command, command_id=command_id))
+        return self._facade.call(
+            lambda: bus.dispatch(command, command_id=command_id, metadata=metadata)
+        )
 
     def dispatch_all(
-        self, commands: Sequence[Command[T, E]], *, command_ids: Sequence[UUID] | None = None
+        self,
+        commands: Sequence[Command[T, E]],
+        *,
+        command_ids: Sequence[UUID] | None = None,
+        metadata: Metadata | None = None,
     ) -> Result[tuple[T, ...], E | DispatchError]:
         """Carry out several commands in one transaction, all or none."""
         bus = self._facade.runtime.commands
-        return self._facade.call(lambda: bus.dispatch_all(commands, command_ids=command_ids))
+        return self._facade.call(
+            lambda: bus.dispatch_all(commands, command_ids=command_ids, metadata=metadata)
+        )
 
     def parse(
         self, name: str, data: Mapping[str, object] | str | bytes
@@ -102,6 +114,14 @@ class BlockingRuntime:
     ) -> Result[None, ViewBehind | EventStoreUnavailable]:
         """Wait until all views have seen what the log holds now; see `Runtime.catch_up`."""
         return self.call(lambda: self.runtime.catch_up(timeout))
+
+    def forget(self, subject: str) -> bool:
+        """Erase a subject's personal data; see `Runtime.forget`."""
+        return self.call(lambda: self.runtime.forget(subject))
+
+    def purge_receipts(self) -> int:
+        """Delete old receipts; see `Runtime.purge_receipts`."""
+        return self.call(self.runtime.purge_receipts)
 
     def health(self) -> Health:
         """Tell how the runtime is."""

@@ -224,6 +224,43 @@ def follow(
 
 
 @app.command()
+def forget(
+    subject: Annotated[str, typer.Argument(help="Whom: a customer's id, as sales name it.")],
+    store: Store,
+    as_json: AsJson = False,
+) -> None:
+    """Erase all personal data about somebody, for good."""
+
+    async def run() -> tuple[bool, float]:
+        settings = load_settings(store=store, follow=False)
+        async with open_items(settings=settings) as shop:
+            return await shop.forget(subject), settings.forget_within
+
+    found, seconds = _run(run())
+    if as_json:
+        show_json({"forgotten": found})
+    elif found:
+        say(f"Erased; in programs that run now within {seconds:g} s.")
+    else:
+        say("There is nothing to erase.")
+
+
+@app.command()
+def purge(store: Store, as_json: AsJson = False) -> None:
+    """Delete receipts that are old enough (LEFTFOLD_RECEIPTS_KEPT, in seconds)."""
+
+    async def run() -> int:
+        async with open_items(settings=load_settings(store=store, follow=False)) as shop:
+            return await shop.purge_receipts()
+
+    purged = _run(run())
+    if as_json:
+        show_json({"purged": purged})
+    else:
+        say(f"{purged} receipts were deleted.")
+
+
+@app.command()
 def migrate(store: Store) -> None:
     """Make the tables that are missing, so that programs need no right to."""
     opened = make_store(load_settings(store=store))

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from threading import Thread
+from time import sleep
 from uuid import UUID, uuid4
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from leftfold.application.ports import Committed, EncodedEvent, Repeated, Save, Stale
+from leftfold.application.ports import (
+    Committed,
+    EncodedEvent,
+    Repeated,
+    Save,
+    Stale,
+    StoredSnapshot,
+)
 from leftfold.infrastructure.settings import load_settings
 from leftfold.infrastructure.stores import make_store
 from leftfold.infrastructure.stores.memory import MemoryLog
@@ -98,6 +106,62 @@ class LogContract:
         (verdict,) = log.commit([[first]])
         assert verdict in {Repeated(), Stale()}
         assert stream(log) == [1]
+
+    def test_of_a_stream_only_what_is_beyond_a_version_is_read(self, log):
+        log.commit([[save(event(A, 1), event(A, 2), event(A, 3), event(B, 1))]])
+        found = log.streams([A, B, C], {A: 1, C: 7})
+        assert {i: [e.version for e in events] for i, events in found.items()} == {
+            A: [2, 3],
+            B: [1],
+            C: [],
+        }
+
+    def test_of_many_groups_only_those_that_do_not_fit_are_refused(self, log):
+        first = save(event(A, 1))
+        log.commit([[first]])
+        groups = [
+            [save(event(B, 1), event(B, 2))],
+            [save(event(A, 1))],
+            [save(event(A, 2)), save(event(C, 1), event(A, 3))],
+            [save(event(C, 2), command_id=first.command_id)],
+            [save(), save(event(B, 3))],
+        ]
+        verdicts = log.commit(groups)
+        kinds = [Committed, Stale, Committed, Repeated, Committed]
+        assert [type(verdict) for verdict in verdicts] == kinds
+        at = {(e.aggregate_id, e.version): e.position for e in log.read(0, 20)}
+        assert verdicts[0].positions == (at[B, 2],)
+        assert verdicts[2].positions == (at[A, 2], at[A, 3])
+        assert verdicts[4].positions == (0, at[B, 3])
+        assert (C, 2) not in at
+
+    def test_there_are_no_snapshots_at_first(self, log):
+        assert log.snapshots([A]) == []
+
+    def test_the_newest_snapshot_of_a_shape_is_kept(self, log):
+        newer = StoredSnapshot(A, 7, "shape", b"seven")
+        log.keep_snapshots([newer, StoredSnapshot(B, 1, "shape", b"b")])
+        log.keep_snapshots([StoredSnapshot(A, 5, "shape", b"five")])
+        assert log.snapshots([A, C]) == [newer]
+
+    def test_a_snapshot_of_another_shape_takes_its_place(self, log):
+        log.keep_snapshots([StoredSnapshot(A, 7, "shape", b"seven")])
+        other = StoredSnapshot(A, 5, "another", b"five")
+        log.keep_snapshots([other])
+        assert log.snapshots([A]) == [other]
+
+    def test_receipts_that_are_old_enough_are_purged(self, log):
+        saves = [save(event(A, n)) for n in (1, 2, 3)]
+        log.commit([saves])
+        ids = [each.command_id for each in saves]
+        assert log.purge(60.0, 10) == 0
+        assert set(log.commands(ids)) == set(ids)
+        sleep(0.02)
+        assert log.purge(0.01, 2) == 2
+        assert log.purge(0.01, 2) == 1
+        assert log.purge(0.01, 2) == 0
+        assert log.commands(ids) == {}
+        assert stream(log) == [1, 2, 3]
 
     def test_of_two_groups_with_one_command_only_the_first_is_committed(self, log):
         first = save(event(A, 1))

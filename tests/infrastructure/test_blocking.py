@@ -7,9 +7,16 @@ from decimal import Decimal
 
 import pytest
 
-from leftfold.application import Command, Receipt, Service
-from leftfold.application.items import FindItems, GetItem, Items, RegisterItem, item_model
-from leftfold.domain import Err, Ok
+from leftfold.application import Command, Receipt, Service, described
+from leftfold.application.items import (
+    FindItems,
+    GetItem,
+    ItemHistory,
+    Items,
+    RegisterItem,
+    item_model,
+)
+from leftfold.domain import Err, Metadata, Ok
 from leftfold.domain.items import InsufficientStock, ItemAlreadyRegistered, ItemNotFound
 from leftfold.infrastructure import NotRunningError, Runtime, StoreUnavailableError
 from leftfold.infrastructure.items import open_items
@@ -124,3 +131,18 @@ def test_it_ends_with_the_block_also_when_the_block_raises(sqlite_url, register)
         fails()
     with open_items(sqlite_url).blocking() as shop:
         assert shop.commands.dispatch(register("A")) == Err(ItemAlreadyRegistered("A"))
+
+
+def test_what_is_said_in_a_thread_is_on_its_events(shop, register):
+    with described(user="ann"):
+        shop.commands.dispatch(register("A"))
+    shop.commands.dispatch(register("B"), metadata=Metadata(user="bob"))
+    for sku, user in (("A", "ann"), ("B", "bob")):
+        (event,) = shop.queries.dispatch(ItemHistory(sku=sku)).unwrap()
+        assert event.metadata.user == user
+
+
+def test_a_subject_is_forgotten_and_receipts_are_purged(shop, register):
+    shop.commands.dispatch(register("A"))
+    assert shop.forget("nobody") is False
+    assert shop.purge_receipts() == 0

@@ -289,3 +289,28 @@ def test_a_sentence_that_cannot_be_asked_is_one_line(shop, sentence):
     done = leftfold("items", "--where", sentence, store=shop)
     assert (done.returncode, one_line(done)) == (2, True)
     assert "where" in done.stderr
+
+
+def test_forget_erases_a_customer(shop):
+    def customers():
+        skus = [
+            row["sku"] for row in json.loads(leftfold("items", "--json", store=shop).stdout)["rows"]
+        ]
+        told = json.loads(leftfold("events", skus[0], "--json", store=shop).stdout)
+        return {event["payload"].get("customer_id") for event in told} - {None}
+
+    somebody = min(customers())
+    done = leftfold("forget", somebody, store=shop)
+    assert (done.returncode, done.stdout) == (0, "Erased; in programs that run now within 5 s.\n")
+    assert somebody not in customers()
+    assert "[erased]" in customers()
+    again = leftfold("forget", somebody, "--json", store=shop)
+    assert json.loads(again.stdout) == {"forgotten": False}
+
+
+def test_purge_deletes_receipts_that_are_old_enough(shop):
+    assert json.loads(leftfold("purge", "--json", store=shop).stdout) == {"purged": 0}
+    done = leftfold("purge", "--json", store=shop, LEFTFOLD_RECEIPTS_KEPT="0.001")
+    assert json.loads(done.stdout)["purged"] > 10
+    done = leftfold("purge", store=shop, LEFTFOLD_RECEIPTS_KEPT="0.001")
+    assert done.stdout == "0 receipts were deleted.\n"
