@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from inspect import isawaitable
-from itertools import islice
+from itertools import chain, islice
 from operator import attrgetter
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -61,6 +62,9 @@ from leftfold.domain import (
     project,
 )
 from leftfold.domain.personal import Keys, Sealing
+
+UNSEALED = EncodedEvent(UUID(int=0), 0, "", b"")
+"""Keeps the place of an event that waits for its subject's key."""
 
 _log = logging.getLogger("leftfold.execution")
 
@@ -348,11 +352,22 @@ class Execution:
 
     async def _saves(self, staged: Sequence[_Staged]) -> list[Save]:
         """Encode what is to be written; subjects without a key get one before."""
-        try:
-            encoded = self._mapper.encode_all(event for each in staged for event in each.events)
-        except KeysWanted as wanted:
-            await self._platform.in_thread(self._provide, wanted.subjects)
-            encoded = self._mapper.encode_all(event for each in staged for event in each.events)
+        encode = self._mapper.encode
+        encoded: list[EncodedEvent] = []
+        waiting: dict[int, Event] = {}
+        for event in chain.from_iterable(each.events for each in staged):
+            try:
+                encoded.append(encode(event))
+            except KeysWanted:
+                waiting[len(encoded)] = event
+                encoded.append(UNSEALED)
+        while waiting:
+            subjects = {str(event.subject) for event in waiting.values()}
+            await self._platform.in_thread(self._provide, subjects)
+            for at, event in list(waiting.items()):
+                with suppress(KeysWanted):  # forgotten in this moment: it gets another key
+                    encoded[at] = encode(event)
+                    del waiting[at]
         events = iter(encoded)
         return [
             Save(

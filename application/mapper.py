@@ -29,11 +29,11 @@ _NOT_STORED = {"originator_id", "originator_version", "metadata"}
 
 
 class KeysWanted(Exception):
-    """Events cannot be encoded before the keys of these subjects are at hand."""
+    """An event cannot be encoded before its subject's key is at hand."""
 
-    def __init__(self, subjects: set[str]) -> None:
+    def __init__(self, subject: str) -> None:
         super().__init__()
-        self.subjects = subjects
+        self.subject = subject
 
 
 class EventMapper(Mapper[UUID]):
@@ -92,7 +92,7 @@ class EventMapper(Mapper[UUID]):
             return StoredEvent(*self.encode(domain_event))
         except KeysWanted as wanted:
             assert self.keys is not None  # noqa: S101 - they want it
-            self.keys.provide(wanted.subjects)
+            self.keys.provide([wanted.subject])
             return StoredEvent(*self.encode(domain_event))
 
     def encode(self, event: Any) -> EncodedEvent:
@@ -112,7 +112,7 @@ class EventMapper(Mapper[UUID]):
             if sealing.error is not None:
                 raise sealing.error
             if sealing.is_key_wanted:
-                raise KeysWanted({event.subject})
+                raise KeysWanted(event.subject)
         metadata = getattr(event, "metadata", NO_METADATA)
         class_version = getattr(event_type, "class_version", 1)
         if metadata is not NO_METADATA:
@@ -124,19 +124,6 @@ class EventMapper(Mapper[UUID]):
         if self.cipher:
             state = self.cipher.encrypt(state)
         return EncodedEvent(event.originator_id, event.originator_version, topic, state)
-
-    def encode_all(self, events: Iterable[Event]) -> list[EncodedEvent]:
-        """Encode events. Raises `KeysWanted`, for all of them."""
-        encoded: list[EncodedEvent] = []
-        wanted: set[str] = set()
-        for event in events:
-            try:
-                encoded.append(self.encode(event))
-            except KeysWanted as error:
-                wanted |= error.subjects
-        if wanted:
-            raise KeysWanted(wanted)
-        return encoded
 
     def to_domain_event(self, stored_event: StoredEvent) -> Any:
         """Decode a stored event or snapshot.

@@ -164,8 +164,6 @@ class Personal(Generic[T_co]):
             validate: core_schema.ValidatorFunctionWrapHandler,
             info: core_schema.ValidationInfo,
         ) -> Personal[Any]:
-            if isinstance(value, cls):
-                return value
             if type(value) is str and isinstance(info.context, Keys) and value.startswith(MARK):
                 return cls.sealed(value, info.context, kind)
             return cls(validate(value))
@@ -175,9 +173,10 @@ class Personal(Generic[T_co]):
                 return info.context.write(personal, kind)
             return personal.reveal_or(ERASED)
 
-        return core_schema.with_info_wrap_validator_function(
-            load,
-            handler(kind),
+        loaded = core_schema.with_info_wrap_validator_function(load, handler(kind))
+        return core_schema.json_or_python_schema(
+            json_schema=loaded,
+            python_schema=core_schema.union_schema([core_schema.is_instance_schema(cls), loaded]),
             serialization=core_schema.plain_serializer_function_ser_schema(dump, info_arg=True),
         )
 

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterable
 from weakref import WeakValueDictionary
 
-from cachetools import LRUCache
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from eventsourcing.persistence import OperationalError
 
@@ -77,8 +76,8 @@ class Keyring(Keys):
         self._good_until = 0.0
         self._gone: set[str] = set()
         self._alive: WeakValueDictionary[str, SubjectKey] = WeakValueDictionary()
-        self._kept: LRUCache[str, SubjectKey] = LRUCache(AT_HAND)  # by subject
-        self._found: LRUCache[str, SubjectKey] = LRUCache(AT_HAND)  # by name
+        self._kept: dict[str, SubjectKey] = {}  # by subject
+        self._found: dict[str, SubjectKey] = {}  # by name
 
     def of(self, subject: str) -> SubjectKey | None:
         """Return a subject's key if it is at hand; never blocks."""
@@ -100,7 +99,7 @@ class Keyring(Keys):
             self._add(self._store.find(key_id))
             with self._turn:
                 key = self._alive.get(key_id) or SubjectKey(key_id, "", None, self)
-                self._found[key_id] = key
+                _keep(self._found, key_id, key)
         return key
 
     def forget(self, subject: str) -> bool:
@@ -145,7 +144,9 @@ class Keyring(Keys):
                 # Somebody may have forgotten it after it was read.
                 if key_id not in self._gone and key_id not in self._alive:
                     key = SubjectKey(key_id, subject, secret, self)
-                    self._alive[key_id] = self._kept[subject] = self._found[key_id] = key
+                    self._alive[key_id] = key
+                    _keep(self._found, key_id, key)
+                    _keep(self._kept, subject, key)
 
     def _drop(self, gone: Iterable[str]) -> None:
         with self._turn:
@@ -154,3 +155,10 @@ class Keyring(Keys):
                 key = self._alive.get(key_id)
                 if key is not None:
                     key.drop()
+
+
+def _keep(keys: dict[str, SubjectKey], name: str, key: SubjectKey) -> None:
+    """Keep a key; those that came first go first: to look one up must cost next to nothing."""
+    while len(keys) >= AT_HAND:
+        del keys[next(iter(keys))]
+    keys[name] = key

@@ -10,7 +10,7 @@ import lzma
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Literal, NamedTuple
 
 from leftfold.application.items import RecordInvoice
+from leftfold.domain import Personal
 from leftfold.domain.items import MAX_PRICE, MAX_PRICE_DECIMALS, MAX_QUANTITY, MAX_STOCK
 from leftfold.infrastructure.errors import InfrastructureError
 
@@ -143,8 +144,10 @@ def read_runs(name: str, text: IO[bytes]) -> Iterator[tuple[int, str, list[Row]]
         yield number, invoice, [row for row in rows if row.kind not in {"skipped", "odd"}]
 
 
-def invoice_of(invoice: str, rows: Iterable[Row]) -> RecordInvoice:
+def invoice_of(invoice: str, rows: Sequence[Row]) -> RecordInvoice:
     """Make the command of an invoice's rows, all of which are movements."""
+    # One value for all rows of a customer, so that it is sealed once.
+    customers = {row.customer: Personal(row.customer) for row in rows if row.customer}
     lines = [
         {
             "kind": row.kind,
@@ -152,7 +155,7 @@ def invoice_of(invoice: str, rows: Iterable[Row]) -> RecordInvoice:
             "quantity": abs(row.quantity),
             "unit_price": row.price,
             "country": row.country,
-            "customer_id": row.customer or None,
+            "customer_id": customers[row.customer] if row.customer else None,
             "occurred_at": row.at,
         }
         if row.kind in {"sale", "return"}
