@@ -413,14 +413,28 @@ class Execution:
                 return Err(EventStoreUnavailable(reason))
             case Failed():
                 unit.believed = Believed.BEHIND
-                ids = {save.command_id for save in saves}
                 try:
-                    done = await self._known(part for part in parts if part.command_id in ids)
+                    done, is_ours = await self._read(self._settle, saves)
                 except Exception:  # noqa: BLE001 - the store is failing; what counts is the doubt
-                    done = {}
-                if len(done) < len(ids):
+                    done, is_ours = {}, False
+                if len(done) < len(saves):
                     return Err(OutcomeUnknown(parts[0].command_id))
-                return Ok(_complete(parts, values, {i: done[i].position for i in ids}))
+                if not is_ours:  # another attempt at the same commands was first
+                    raise _Again({**known, **done})
+                return Ok(
+                    _complete(parts, values, {i: first.position for i, first in done.items()})
+                )
+
+    def _settle(self, saves: Sequence[Save]) -> tuple[Known, bool]:
+        """Look up what became of saves in doubt; tell also whether it is they that were written.
+
+        Their commands may have been carried out by another attempt, on another state. Its events
+        were recorded at another moment.
+        """
+        done = self._log.commands([save.command_id for save in saves])
+        ours = saves[0].events[0]
+        stream = self._log.streams([ours.aggregate_id], {ours.aggregate_id: ours.version - 1})
+        return done, stream[ours.aggregate_id][:1] == [ours]
 
     async def _known(self, parts: Iterable[Dispatch[Any]]) -> Known:
         return await self._read(self._log.commands, [part.command_id for part in parts])

@@ -82,9 +82,8 @@ class Follower(Generic[R]):
         self._is_stopping = False
 
     def wake(self) -> None:
-        """Look at the log now, if that is of use to somebody."""
-        if self.folds or self._waiting:
-            self._hint.set()
+        """Look at the log now, or soon where nobody waits for it and others fold."""
+        self._hint.set()
 
     def stop(self) -> None:
         """End after the page under way."""
@@ -113,6 +112,8 @@ class Follower(Generic[R]):
             self._answer()
             if not is_behind:
                 await self._wait_for_hint()
+                if not (self.folds or self._waiting or self._is_stopping):
+                    await self._platform.sleep(self._poll_interval)  # one look for many commits
         self._answer()
 
     async def wait_for(self, position: int, timeout: float) -> None:

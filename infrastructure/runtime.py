@@ -339,6 +339,7 @@ class _Parts:
         self._forget_within = settings.forget_within
         mapper = factory.mapper(mapper_class=model.mapper_class())
         assert isinstance(mapper, EventMapper)  # noqa: S101 - made of that class
+        self.mapper = mapper
         self._poll_interval = settings.poll_interval
         self._store_timeout = settings.store_timeout
         self.followers: dict[str, Follower[Any]] = {

@@ -19,6 +19,8 @@ class Proxy:
         """Seconds that each packet takes, in both directions."""
         self.swallows = False
         """Packets get lost, and nobody is told."""
+        self.refuses = False
+        """New connections are closed at once."""
         self._pairs = []
         self._listener = socket.create_server(("127.0.0.1", port))
         self.port = self._listener.getsockname()[1]
@@ -57,6 +59,8 @@ class Proxy:
             except OSError:
                 return
             try:
+                if self.refuses:
+                    raise OSError
                 server = self._connect()
             except OSError:
                 client.close()

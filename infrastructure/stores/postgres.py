@@ -96,6 +96,9 @@ class PostgresDatabase(PostgresDatastore):
             connect_timeout=CONNECT_TIMEOUT,
         )
         self.pool.kwargs = {**KEEPALIVE, **parts, "row_factory": dict_row}
+        # Whoever asks next connects. The pool itself would try ever more seldom, and be away for
+        # as long again as the server was.
+        self.pool.reconnect_timeout = 0.0
         self._lent: dict[psycopg.Connection[Any] | AsyncConnection, float] = {}
 
     def after_connect_func(self) -> Callable[[psycopg.Connection[Any]], None]:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
 from typing import Any
@@ -35,6 +35,21 @@ class DoubtfulLog(FarLog):
 
     def commit(self, groups: Sequence[Group]) -> list[Verdict]:
         super().commit(groups)
+        return [Failed("connection lost", in_doubt=True)] * len(groups)
+
+
+class OvertakenLog(FarLog):
+    """Loses the next groups on their way, and meanwhile somebody else commits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.meanwhile: Callable[[], object] | None = None
+
+    def commit(self, groups: Sequence[Group]) -> list[Verdict]:
+        meanwhile, self.meanwhile = self.meanwhile, None
+        if meanwhile is None:
+            return super().commit(groups)
+        meanwhile()
         return [Failed("connection lost", in_doubt=True)] * len(groups)
 
 
@@ -135,6 +150,14 @@ def doubtful():
 def shops():
     """Two buses on one log that is not local, as two processes have them."""
     log = FarLog()
+    with opened(log) as one, opened(log) as other:
+        yield one, other
+
+
+@pytest.fixture
+def overtaken():
+    """A bus whose log loses groups, and another on the same log."""
+    log = OvertakenLog()
     with opened(log) as one, opened(log) as other:
         yield one, other
 

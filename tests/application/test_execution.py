@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from dataclasses import replace
+from threading import Thread
 from uuid import UUID
 
 import pytest
@@ -572,6 +574,43 @@ async def test_a_batch_in_doubt_that_was_done_is_answered_though_a_part_wrote_no
     doubtful.add(Do.handled_by(lambda _: Ok(doubtful.repository.save())))
     receipts = (await doubtful.bus.dispatch_all([register("A"), Do()])).unwrap()
     assert [receipt.position for receipt in receipts] == [1, 0]
+
+
+@pytest.mark.parametrize("received_before", [0, 1])
+async def test_a_commit_in_doubt_that_another_dispatch_has_done_is_answered_by_its_receipt(
+    overtaken, sell, received_before
+):
+    shop, other = overtaken
+    await shop.register("A")
+    first = []
+
+    def meanwhile():
+        dispatches = [other.bus.dispatch(ReceiveStock(sku="A", quantity=1))] * received_before
+        dispatches.append(other.bus.dispatch(sell("A"), command_id=ID))
+
+        async def carry_out():
+            first.extend([(await dispatch).unwrap() for dispatch in dispatches][-1:])
+
+        run_in_thread(carry_out)
+
+    shop.log.meanwhile = meanwhile
+    receipt = (await shop.bus.dispatch(sell("A"), command_id=ID)).unwrap()
+    assert first and receipt == replace(first[0], repeated=True)
+    assert shop.on_hand("A") == 9 + received_before
+
+
+async def test_a_commit_in_doubt_that_was_not_done_is_said_to_be_unknown(overtaken, sell):
+    shop, _ = overtaken
+    await shop.register("A")
+    shop.log.meanwhile = lambda: None
+    assert await shop.bus.dispatch(sell("A"), command_id=ID) == Err(OutcomeUnknown(ID))
+    assert (await shop.bus.dispatch(sell("A"), command_id=ID)).unwrap().repeated is False
+
+
+def run_in_thread(work):
+    thread = Thread(target=asyncio.run, args=(work(),))
+    thread.start()
+    thread.join()
 
 
 # Batches

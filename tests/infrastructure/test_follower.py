@@ -228,7 +228,7 @@ async def test_small_pages_give_the_same_view_as_large_ones(store_url, register,
             ]
             (await shop.commands.dispatch_all(sales)).unwrap()
         (await shop.catch_up()).unwrap()
-        views, log, mapper = shop._store.views, shop._store.log, shop._make_mapper()
+        views, log, mapper = shop._store.views, shop._store.log, shop._parts.mapper
         events = [mapper.decode(*event[1:]) for event in log.read(0, 5_000)]
         for projection in (flow, item_stock):
             folded = projection.fold(events, lambda _: {})
@@ -252,7 +252,7 @@ def test_two_followers_in_any_turn_fold_each_event_once(store_url, bursts, one_s
 
 async def _take_turns(store_url, bursts, one_size, other_size):
     async with open_items(store_url) as shop:
-        store, mapper = shop._store, shop._make_mapper()
+        store, mapper = shop._store, shop._parts.mapper
         flow, platform = flows(), SystemPlatform()
         second = make_store(shop.settings) if store_url != "memory:" else store
         second.open((flow,), create_tables=True)

@@ -131,7 +131,7 @@ def test_the_digest_is_of_the_text_however_it_is_packed(tmp_path, sheet):
 
 
 def test_a_line_of_the_command_carries_what_the_kind_needs(sheet):
-    rows = read_rows(sheet(row(), row(quantity=-2, price="0", description=" damaged ")))
+    rows = list(read_rows(sheet(row(), row(quantity=-2, price="0", description=" damaged "))))
     sale, lost = invoice_of("536365", rows).lines
     assert (sale.kind, sale.quantity, sale.country) == ("sale", 6, "France")
     assert sale.customer_id is not None

@@ -152,12 +152,15 @@ async def test_a_killed_server_is_answered_for_in_time_and_comes_back(server, lo
     async with open_items(settings=settings(server.get_uri())) as shop:
         load = await loaded(shop)
         async with load:
+            pid = server.get_pid()
             signal_all(server, signal.SIGKILL)
             begun = monotonic()
             while shop.health().is_healthy:
                 assert monotonic() - begun < 6
                 await asyncio.sleep(0.05)
             assert load.answers["EventStoreUnavailable"]
+            while Path(f"/proc/{pid}").exists():  # until then it is taken for running
+                await asyncio.sleep(0.05)
             await asyncio.to_thread(server.ensure_postgres_running)
             await load.recovers()
         await load.check()
@@ -199,6 +202,18 @@ async def test_a_network_that_swallows_is_noticed(proxy, loaded):
             await load.recovers()
         await load.check()
     assert load.slowest < 6
+
+
+async def test_after_a_long_outage_all_is_soon_well_again(proxy, loaded):
+    async with open_items(settings=settings(proxy.url)) as shop:
+        load = await loaded(shop)
+        async with load:
+            proxy.refuses = True
+            proxy.cut()
+            await asyncio.sleep(3.5)
+            proxy.refuses = False
+            assert await load.recovers() < 2.5
+        await load.check()
 
 
 async def test_a_slow_network_only_makes_answers_late(proxy, loaded):
