@@ -59,8 +59,6 @@ class Proxy:
             except OSError:
                 return
             try:
-                if self.refuses:
-                    raise OSError
                 server = self._connect()
             except OSError:
                 client.close()
@@ -70,6 +68,8 @@ class Proxy:
                 threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
 
     def _connect(self):
+        if self.refuses:
+            raise ConnectionRefusedError
         if isinstance(self.address, tuple):
             return socket.create_connection(self.address, 5)
         server = socket.socket(socket.AF_UNIX)

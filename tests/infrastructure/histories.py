@@ -16,6 +16,7 @@ import traceback
 from collections import Counter, defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from random import Random
 from threading import Timer
 from uuid import UUID
@@ -108,7 +109,7 @@ def effects(name, data):
 
 def _check_order(history):
     positions = [event.position for event in history.log]
-    assert all(a < b for a, b in zip(positions, positions[1:], strict=False)), (
+    assert all(a < b for a, b in pairwise(positions)), (
         f"positions do not ascend: {positions}"
     )
     versions = defaultdict(list)

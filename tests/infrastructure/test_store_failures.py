@@ -8,7 +8,7 @@ import signal
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from urllib.parse import parse_qs, urlsplit
 
 import eventsourcing.utils
@@ -132,6 +132,12 @@ def loaded(register, sell, record_property):
     return loaded
 
 
+def start_again(server, pid):
+    while Path(f"/proc/{pid}").exists():  # until then it is taken for running
+        sleep(0.05)
+    server.ensure_postgres_running()
+
+
 async def test_a_paused_server_is_answered_for_in_time_and_goes_on(server, loaded):
     async with open_items(settings=settings(server.get_uri())) as shop:
         load = await loaded(shop)
@@ -159,9 +165,7 @@ async def test_a_killed_server_is_answered_for_in_time_and_comes_back(server, lo
                 assert monotonic() - begun < 6
                 await asyncio.sleep(0.05)
             assert load.answers["EventStoreUnavailable"]
-            while Path(f"/proc/{pid}").exists():  # until then it is taken for running
-                await asyncio.sleep(0.05)
-            await asyncio.to_thread(server.ensure_postgres_running)
+            await asyncio.to_thread(start_again, server, pid)
             await load.recovers()
         await load.check()
         assert shop.health().is_healthy
