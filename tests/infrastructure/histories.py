@@ -109,9 +109,7 @@ def effects(name, data):
 
 def _check_order(history):
     positions = [event.position for event in history.log]
-    assert all(a < b for a, b in pairwise(positions)), (
-        f"positions do not ascend: {positions}"
-    )
+    assert all(a < b for a, b in pairwise(positions)), f"positions do not ascend: {positions}"
     versions = defaultdict(list)
     for event in history.log:
         versions[event.aggregate_id].append(event.version)
