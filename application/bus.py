@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from inspect import isawaitable
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 from uuid import UUID, uuid4
 
 from pydantic import ConfigDict, SkipValidation, ValidationError
@@ -56,8 +55,7 @@ def described(
 Outcome: TypeAlias = Result[Any, Any]  # inside the bus, where the message's own types are erased
 
 
-@dataclass(frozen=True, slots=True)
-class Dispatch(Generic[M]):
+class Dispatch(NamedTuple, Generic[M]):
     """One message on its way, with what the bus knows about it."""
 
     message: M

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from functools import cache
 from inspect import isawaitable
-from itertools import chain, islice
 from operator import attrgetter
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -61,6 +59,7 @@ from leftfold.domain import (
     metadata,
     project,
 )
+from leftfold.domain.metadata import NO_METADATA
 from leftfold.domain.personal import Keys, Sealing
 
 UNSEALED = EncodedEvent(UUID(int=0), 0, "", b"")
@@ -71,6 +70,8 @@ _log = logging.getLogger("leftfold.execution")
 Wanted = dict[UUID, type[Aggregate]]
 Behind = dict[UUID, tuple[type[Aggregate], Aggregate | None]]
 Known = Mapping[UUID, RecordedCommand]
+Answers = list[Any] | Err[Any]
+"""Of all parts, or the first refusal."""
 
 
 class _Again(Exception):
@@ -143,9 +144,10 @@ class Execution:
         try:
             if isinstance(dispatch.message, Batch):
                 parts = dispatch.message.parts
-                return await self._carry_out(parts, await self._known(parts))
-            outcome = await self._carry_out((dispatch,), {})
-            return Ok(outcome.value[0]) if isinstance(outcome, Ok) else outcome
+                answers = await self._carry_out(parts, await self._known(parts))
+                return Ok(answers) if isinstance(answers, list) else answers
+            answers = await self._carry_out((dispatch,), {})
+            return Ok(answers[0]) if isinstance(answers, list) else answers
         except EventStoreUnavailable as error:  # for a read: commits have their verdicts
             return Err(error)
         except PersistenceError as error:
@@ -162,14 +164,14 @@ class Execution:
             await asyncio.shield(self._idle)
         await self._writer.drain()
 
-    async def _carry_out(self, parts: Sequence[Dispatch[Any]], known: Known) -> Outcome:
+    async def _carry_out(self, parts: Sequence[Dispatch[Any]], known: Known) -> Answers:
         wanted: Wanted = {}
         moment = self._platform.now()  # one for all that is recorded
         while True:
             unit = Unit(self._memory)
             token = current_unit.set(unit)
             time = clock.use(lambda: moment)
-            outer = metadata.use(metadata.current())  # to go back to; each command sets its own
+            outer = metadata.use(NO_METADATA)  # to go back to; each command sets its own
             try:
                 return await self._attempt(unit, parts, known, wanted)
             except _Again as again:
@@ -185,13 +187,13 @@ class Execution:
 
     async def _attempt(
         self, unit: Unit, parts: Sequence[Dispatch[Any]], known: Known, wanted: Wanted
-    ) -> Outcome:
+    ) -> Answers:
         if wanted:
             await self._take_all(unit, wanted)
         values: list[Any] = []
         staged: list[_Staged] = []
         for part in parts:
-            first = known.get(part.command_id)
+            first = known.get(part.command_id) if known else None
             if first is not None:
                 values.append(_answer_again(part, first, self._mapper.keys))
                 continue
@@ -210,14 +212,13 @@ class Execution:
                 return answer
             if unit.is_changed:
                 raise UnsavedEventsError(part.name)
-            values.append(answer.value)
             if len(unit.events) > begun:
                 staged.append(_Staged(part, answer.value, unit.events[begun:], unit.versions))
+            values.append(answer.value)
         if staged:
-            saves = await self._saves(staged)
-            return await self._commit(unit, parts, values, saves, known)
+            return await self._commit(unit, parts, values, staged, known)
         await self._confirm(unit, parts, known)
-        return Ok(values)
+        return values
 
     async def _confirm(self, unit: Unit, parts: Sequence[Dispatch[Any]], known: Known) -> None:
         """Begin again if an answer rests on an older state, or repeats what was done before."""
@@ -242,6 +243,7 @@ class Execution:
         """Call the handler, until all that it asks for is in memory."""
         begun = len(unit.events)
         unit.may_take = not part.handling.blocking
+        answer: Any
         while True:
             try:
                 handler = part.handling.handler
@@ -249,7 +251,9 @@ class Execution:
                     answer = await self._platform.in_own_thread(handler, part.message)
                 else:
                     answer = handler(part.message)
-                return checked(part, await answer if isawaitable(answer) else answer)
+                if not isinstance(answer, (Ok, Err)) and isawaitable(answer):
+                    answer = await answer
+                return checked(part, answer)
             except (DomainError, DispatchError) as refusal:
                 return Err(refusal)
             except (NotInMemory, BaseExceptionGroup) as error:
@@ -353,34 +357,33 @@ class Execution:
     async def _saves(self, staged: Sequence[_Staged]) -> list[Save]:
         """Encode what is to be written; subjects without a key get one before."""
         encode = self._mapper.encode
-        encoded: list[EncodedEvent] = []
-        waiting: dict[int, Event] = {}
-        for event in chain.from_iterable(each.events for each in staged):
-            try:
-                encoded.append(encode(event))
-            except KeysWanted:
-                waiting[len(encoded)] = event
-                encoded.append(UNSEALED)
+        encoded: list[list[EncodedEvent]] = []
+        waiting: list[tuple[list[EncodedEvent], int, Event]] = []
+        for each in staged:
+            events: list[EncodedEvent] = []
+            encoded.append(events)
+            for event in each.events:
+                try:
+                    events.append(encode(event))
+                except KeysWanted:
+                    waiting.append((events, len(events), event))
+                    events.append(UNSEALED)
         while waiting:
-            subjects = {str(event.subject) for event in waiting.values()}
+            subjects = {str(event.subject) for _, _, event in waiting}
             await self._platform.in_thread(self._provide, subjects)
-            for at, event in list(waiting.items()):
-                with suppress(KeysWanted):  # forgotten in this moment: it gets another key
-                    encoded[at] = encode(event)
-                    del waiting[at]
-        events = iter(encoded)
-        return [
-            Save(
-                part.command_id,
-                part.name,
-                list(islice(events, len(recorded))),
-                tuple(versions.items()),
-                None
-                if isinstance(value, Receipt)
-                else _dump_answer(part, value, self._mapper.keys),
-            )
-            for part, value, recorded, versions in staged
-        ]
+            still_waiting = []
+            for events, at, event in waiting:
+                try:
+                    events[at] = encode(event)
+                except KeysWanted:  # forgotten in this moment: it gets another key
+                    still_waiting.append((events, at, event))
+            waiting = still_waiting
+        saves: list[Save] = []
+        for (part, value, _, versions), events in zip(staged, encoded, strict=True):
+            is_receipt = isinstance(value, Receipt)
+            answer = None if is_receipt else _dump_answer(part, value, self._mapper.keys)
+            saves.append(Save(part.command_id, part.name, events, tuple(versions.items()), answer))
+        return saves
 
     def _provide(self, subjects: Iterable[str]) -> None:
         if self._mapper.keys is not None:
@@ -390,10 +393,11 @@ class Execution:
         self,
         unit: Unit,
         parts: Sequence[Dispatch[Any]],
-        values: Sequence[Any],
-        saves: Sequence[Save],
+        values: list[Any],
+        staged: Sequence[_Staged],
         known: Known,
-    ) -> Outcome:
+    ) -> Answers:
+        saves = await self._saves(staged)
         unit.seal()
         verdict = await self._writer.write(saves)
         match verdict:
@@ -401,8 +405,8 @@ class Execution:
                 unit.believed = Believed.AFTER
                 if self._policies:
                     self._keep_due(unit)
-                at = {s.command_id: p for s, p in zip(saves, positions, strict=True)}
-                return Ok(_complete(parts, values, at))
+                _complete(staged, positions)
+                return values
             case Stale() | Repeated():
                 unit.believed = Believed.BEHIND
                 found = await self._known(part for part in parts if part.command_id not in known)
@@ -421,9 +425,8 @@ class Execution:
                     return Err(OutcomeUnknown(parts[0].command_id))
                 if not is_ours:  # another attempt at the same commands was first
                     raise _Again({**known, **done})
-                return Ok(
-                    _complete(parts, values, {i: first.position for i, first in done.items()})
-                )
+                _complete(staged, [done[save.command_id].position for save in saves])
+                return values
 
     def _settle(self, saves: Sequence[Save]) -> tuple[Known, bool]:
         """Look up what became of saves in doubt; tell also whether it is they that were written.
@@ -448,16 +451,12 @@ def _metadata_of(part: Dispatch[Any]) -> Metadata:
 _number = attrgetter("int")  # UUIDs compare by it, more slowly
 
 
-def _complete(
-    parts: Sequence[Dispatch[Any]], values: Sequence[Any], at: Mapping[UUID, int]
-) -> list[Any]:
+def _complete(staged: Sequence[_Staged], positions: Sequence[int]) -> None:
     """Complete the receipts among the answers with the positions of their last events."""
-    return [
-        Receipt(value.command_id, value.aggregates, at.get(part.command_id, 0))
-        if isinstance(value, Receipt) and not value.repeated
-        else value
-        for part, value in zip(parts, values, strict=True)
-    ]
+    for each, position in zip(staged, positions, strict=True):
+        if isinstance(each.value, Receipt):
+            # Frozen for all but the runtime, which made it before its position was known.
+            object.__setattr__(each.value, "position", position)
 
 
 def _missing(error: BaseException) -> Wanted:

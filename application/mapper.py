@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import fields
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, ClassVar
 from uuid import UUID
 
@@ -50,6 +50,8 @@ class EventMapper(Mapper[UUID]):
 
     keys: Keys | None = None
     """Seal personal data; without them it is stored in the clear."""
+
+    _last_metadata: tuple[Metadata, bytes] = NO_METADATA, b"}"
 
     first_versions: ClassVar[frozenset[str]] = frozenset()
     """The topics of events that were never changed: their state is read as it stands."""
@@ -116,7 +118,11 @@ class EventMapper(Mapper[UUID]):
         metadata = getattr(event, "metadata", NO_METADATA)
         class_version = getattr(event_type, "class_version", 1)
         if metadata is not NO_METADATA:
-            state = state[:-1] + _beside(metadata)
+            last, beside = self._last_metadata
+            if metadata is not last:  # the events of a command share it
+                beside = _beside(metadata)
+                self._last_metadata = metadata, beside
+            state = state[:-1] + beside
         if class_version > 1:
             state = b'%s,"class_version":%d}' % (state[:-1], class_version)
         if self.compressor:
@@ -178,9 +184,8 @@ class EventMapper(Mapper[UUID]):
         return [self.decode(*event) for event in stream]
 
 
-@lru_cache(maxsize=256)
 def _beside(metadata: Metadata) -> bytes:
-    """Return the end of an event's state; the events of a command share it."""
+    """Return the end of an event's state."""
     known = {name: value for name in _METADATA if (value := getattr(metadata, name))}
     return b',"metadata":%s}' % to_json(known) if known else b"}"
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from datetime import date, time, timedelta
 from decimal import Decimal
 from enum import Enum
 from uuid import UUID
-
-from cachetools import LRUCache
 
 from leftfold.domain import Aggregate, Personal
 
@@ -71,7 +70,9 @@ class Memory:
 
     def __init__(self, size: int) -> None:
         """Keep at most `size` idle aggregates; the least recently used go first."""
-        self._idle: LRUCache[UUID, tuple[Aggregate, bool]] = LRUCache(size)
+        self._size = size
+        # Oldest first: what is taken leaves, and what is let go comes to the end.
+        self._idle: OrderedDict[UUID, tuple[Aggregate, bool]] = OrderedDict()
         self._waiting: dict[UUID, list[asyncio.Future[None]]] = {}
 
     def is_taken(self, aggregate_id: UUID) -> bool:
@@ -85,8 +86,7 @@ class Memory:
 
     def take_current(self, aggregate_id: UUID) -> Hand | None:
         """Take an aggregate in hand if it is free, in memory, and not known to be behind."""
-        if aggregate_id in self._waiting:
-            return None
+        # What is idle is free.
         aggregate, is_current = self._idle.pop(aggregate_id, NOT_THERE)
         if aggregate is None:
             return None
@@ -109,6 +109,8 @@ class Memory:
         """Let go of an aggregate, and keep it if it is given."""
         if aggregate is not None:
             self._idle[aggregate_id] = aggregate, is_current
+            if len(self._idle) > self._size:
+                self._idle.popitem(last=False)
         for free in self._waiting.pop(aggregate_id, ()):
             if not free.done():
                 free.set_result(None)

@@ -82,8 +82,7 @@ class LoggedEvent(NamedTuple):
     state: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Save:
+class Save(NamedTuple):
     """What one command wants written: its events and the answer to keep with its id."""
 
     command_id: UUID
@@ -94,8 +93,7 @@ class Save:
     """The handler's answer as JSON; None if it is the receipt itself."""
 
 
-@dataclass(frozen=True, slots=True)
-class RecordedCommand:
+class RecordedCommand(NamedTuple):
     """What the log keeps of a command that was carried out."""
 
     command_id: UUID
@@ -105,8 +103,7 @@ class RecordedCommand:
     answer: bytes | None
 
 
-@dataclass(frozen=True, slots=True)
-class Committed:
+class Committed(NamedTuple):
     """The group was written; the position of each save's last event (0 if it had none)."""
 
     positions: tuple[int, ...]

@@ -145,7 +145,10 @@ class Unit:
     @property
     def is_changed(self) -> bool:
         """An aggregate that the command uses has events that are not saved."""
-        return any(a is not None and a._pending_events for a in self._used)
+        for aggregate in self._used:  # noqa: SIM110 - every command asks
+            if aggregate is not None and aggregate._pending_events:
+                return True
+        return False
 
 
 current_unit: ContextVar[Unit | None] = ContextVar("leftfold_unit", default=None)
@@ -177,6 +180,9 @@ class Repository(eventsourcing.application.Repository[UUID]):
 
     def find(self, aggregate_type: type[A], aggregate_id: UUID) -> A | None:
         """Return an aggregate, or None if it does not exist."""
+        unit = current_unit.get()
+        if unit is not None:
+            return unit.find(aggregate_type, (aggregate_id,))[0]
         return self.find_all(aggregate_type, (aggregate_id,))[0]
 
     def find_all(self, aggregate_type: type[A], aggregate_ids: Sequence[UUID]) -> list[A | None]:
@@ -236,9 +242,7 @@ class Service(Application[UUID]):
     @property
     def repository(self) -> Repository:
         """Loads and saves the service's aggregates."""
-        repository = self._repository
-        assert isinstance(repository, Repository)  # noqa: S101 - construct_repository made it
-        return repository
+        return self._repository  # type: ignore[return-value]  # construct_repository made it
 
     def construct_env(self, name: str, env: EnvType | None = None) -> Environment:
         """Read the class's and the given settings, and not the host's environment."""

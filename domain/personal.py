@@ -187,17 +187,16 @@ class Sealing:
     Those that are not sealed yet are sealed under a key, which is asked for when it is needed.
     """
 
-    __slots__ = ("_key", "error", "has_met_some", "is_key_wanted")
+    has_met_some = False
+    """There was a personal value."""
+    is_key_wanted = False
+    """There was no key: what was written must not be used."""
+    error: LeftfoldError | None = None
+    """Why something cannot be sealed. Serializers would wrap it."""
 
     def __init__(self, key: Callable[[], Key | None] | None = None) -> None:
         """Seal under the key that is answered; without the question, write values as they are."""
         self._key = key
-        self.has_met_some = False
-        """There was a personal value."""
-        self.is_key_wanted = False
-        """There was no key: what was written must not be used."""
-        self.error: LeftfoldError | None = None
-        """Why something cannot be sealed. Serializers would wrap it."""
 
     def write(self, personal: Personal[Any], kind: Any) -> Any:
         """Return what stands for a value."""

@@ -26,6 +26,9 @@ THREADS = 6
 OWN_THREADS = 32
 """Handlers that block at a time, at most; further ones wait."""
 IDS_AT_ONCE = 256
+VERSION_4 = 4 << 76 | 0b10 << 62
+RANDOM_BITS = ~(0xF << 76 | 0b11 << 62)
+"""Of an id: all but those that say that it is random (RFC 9562)."""
 PATIENCE = 5.0
 """Seconds that closing waits for threads; what hangs longer is left behind."""
 FORK_PATIENCE = 1.0
@@ -129,13 +132,18 @@ class _Ids:
             drawn = self._drawn.pop()
         except IndexError:
             block = os.urandom(16 * IDS_AT_ONCE)
-            self._drawn += [block[at : at + 16] for at in range(16, len(block), 16)]
-            drawn = block[:16]
-        return uuid.UUID(bytes=drawn, version=4)
+            self._drawn += [int.from_bytes(block[at : at + 16]) for at in range(16, len(block), 16)]
+            drawn = int.from_bytes(block[:16])
+        number = drawn & RANDOM_BITS | VERSION_4
+        # As `uuid.UUID` does it, without its questions about five other forms.
+        made = object.__new__(uuid.UUID)
+        object.__setattr__(made, "int", number)
+        object.__setattr__(made, "is_safe", uuid.SafeUUID.unknown)
+        return made
 
     def forget(self) -> None:
         """In a child by fork: what was drawn is the parent's."""
-        self._drawn: list[bytes] = []
+        self._drawn: list[int] = []
 
 
 async def _run_in(executor: ThreadPoolExecutor, function: Callable[..., T], *args: Any) -> T:

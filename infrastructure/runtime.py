@@ -500,7 +500,7 @@ class _Answering:
         if handling.blocking:
             blocking: Callable[[Any], Any] = handling.handler
             in_thread = partial(self._platform.in_own_thread, blocking)
-            dispatch = replace(dispatch, handling=replace(handling, handler=in_thread))
+            dispatch = dispatch._replace(handling=replace(handling, handler=in_thread))
         try:
             return await answer(dispatch)
         finally:

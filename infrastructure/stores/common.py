@@ -84,7 +84,8 @@ def encoded(events: Sequence[StoredEvent]) -> list[EncodedEvent]:
 
 def dump_aggregates(aggregates: Sequence[tuple[UUID, int]]) -> str:
     """Return aggregates and their versions as a command's row keeps them."""
-    return json.dumps([[i.hex, version] for i, version in aggregates])
+    pairs = ",".join([f'["{i.hex}",{version}]' for i, version in aggregates])
+    return f"[{pairs}]"
 
 
 def load_aggregates(text: str) -> tuple[tuple[UUID, int], ...]:

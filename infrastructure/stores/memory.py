@@ -52,19 +52,27 @@ class MemoryLog(POPOProcessRecorder):
         return verdicts
 
     def _commit(self, group: Group) -> Verdict:
-        if any(save.command_id in self._commands for save in group):
-            return Repeated()
-        index = self._stored_events_index
-        for aggregate_id, versions in _by_aggregate(group).items():
-            stream = index.get(str(aggregate_id), {})
-            if versions != list(range(len(stream) + 1, len(stream) + 1 + len(versions))):
-                return Stale()
+        streams: list[dict[int, int]] = []
+        ends: dict[str, int] = {}
+        for save in group:
+            if save.command_id in self._commands:
+                return Repeated()
+            for aggregate_id, version, _, _ in save.events:
+                key = str(aggregate_id)
+                stream = self._stored_events_index[key]
+                if version != ends.get(key, len(stream)) + 1:
+                    return Stale()
+                ends[key] = version
+                streams.append(stream)
+        events, stream_of, now = self._stored_events, iter(streams), monotonic()
         positions: list[int] = []
         for save in group:
-            self._update_table([StoredEvent(*event) for event in save.events])
-            position = len(self._stored_events) if save.events else 0
+            for event in save.events:
+                next(stream_of)[event.version] = len(events)
+                events.append(StoredEvent(*event))
+            position = len(events) if save.events else 0
             positions.append(position)
-            self._recorded[save.command_id] = monotonic()
+            self._recorded[save.command_id] = now
             self._commands[save.command_id] = RecordedCommand(
                 save.command_id, save.command, save.aggregates, position, save.answer
             )
@@ -149,14 +157,6 @@ class MemoryLog(POPOProcessRecorder):
 
     def head(self) -> int:
         return len(self._stored_events)
-
-
-def _by_aggregate(group: Group) -> dict[UUID, list[int]]:
-    versions: dict[UUID, list[int]] = {}
-    for save in group:
-        for event in save.events:
-            versions.setdefault(event.aggregate_id, []).append(event.version)
-    return versions
 
 
 def _encoded(aggregate_id: UUID, event: StoredEvent) -> EncodedEvent:

@@ -62,6 +62,15 @@ from leftfold.infrastructure.stores.common import (
     encoded,
     load_aggregates,
 )
+from leftfold.infrastructure.stores.postgres_arrays import (
+    Packed,
+    bigints,
+    byteas,
+    ints,
+    take_packed,
+    texts,
+    uuids,
+)
 from leftfold.infrastructure.stores.postgres_schema import (
     CALL_COMMIT,
     CALL_INSERT,
@@ -107,6 +116,7 @@ class PostgresDatabase(PostgresDatastore):
         def after_connect(connection: psycopg.Connection[Any]) -> None:
             prepare(connection)
             connection.execute(session)
+            take_packed(connection)
 
         return after_connect
 
@@ -353,13 +363,13 @@ def _arguments(groups: Sequence[Group]) -> tuple[Any, ...]:
             command_groups.append(number)
     return (
         *_columns(events),
-        event_groups,
-        [save.command_id for save in saves],
-        [save.command for save in saves],
-        [dump_aggregates(save.aggregates) for save in saves],
-        [save.answer for save in saves],
-        lasts,
-        command_groups,
+        ints(event_groups),
+        uuids([save.command_id for save in saves]),
+        texts([save.command for save in saves]),
+        texts([dump_aggregates(save.aggregates) for save in saves]),
+        byteas([save.answer for save in saves]),
+        ints(lasts),
+        ints(command_groups),
         len(groups),
     )
 
@@ -376,12 +386,12 @@ def _verdicts(groups: Sequence[Group], answer: TupleRow | None) -> list[Verdict]
     return found
 
 
-def _columns(events: Sequence[EncodedEvent]) -> tuple[list[Any], ...]:
+def _columns(events: Sequence[EncodedEvent]) -> tuple[Packed, ...]:
     return (
-        [event.aggregate_id for event in events],
-        [event.version for event in events],
-        [event.topic for event in events],
-        [event.state for event in events],
+        uuids([event.aggregate_id for event in events]),
+        bigints([event.version for event in events]),
+        texts([event.topic for event in events]),
+        byteas([event.state for event in events]),
     )
 
 
@@ -556,6 +566,7 @@ class PostgresStore:
             row_factory=tuple_row,
         )
         await connection.execute(_session(self._lock_timeout))
+        take_packed(connection)
         return connection
 
     def _set_up(
