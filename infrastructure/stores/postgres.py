@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import socket
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from threading import Lock  # noqa: TID251 - no thread is started: callers are threads
 from typing import Any, TypeVar
 from uuid import UUID
@@ -28,17 +28,13 @@ from leftfold.application import Projection
 from leftfold.application.ports import (
     NOTHING,
     Commit,
-    Committed,
     EncodedEvent,
     Failed,
     Group,
     LoggedEvent,
     Order,
     RecordedCommand,
-    Repeated,
-    Save,
     Seek,
-    Stale,
     StoredSnapshot,
     Verdict,
 )
@@ -58,22 +54,22 @@ from leftfold.infrastructure.stores.common import (
     SCHEMA_VERSION,
     Notifying,
     Tables,
-    dump_aggregates,
     encoded,
     load_aggregates,
 )
-from leftfold.infrastructure.stores.postgres_arrays import (
-    Packed,
-    bigints,
-    byteas,
-    ints,
-    take_packed,
-    texts,
-    uuids,
+from leftfold.infrastructure.stores.postgres_arrays import take_packed
+from leftfold.infrastructure.stores.postgres_commits import (
+    AsyncConnection,
+    LoopCommits,
+    arrays,
+    columns,
+    is_refused,
+    judged,
+    without_values,
 )
 from leftfold.infrastructure.stores.postgres_schema import (
-    CALL_COMMIT,
     CALL_INSERT,
+    COMMIT_PARAMETERS,
     LOCK,
     STATEMENTS,
 )
@@ -81,7 +77,6 @@ from leftfold.infrastructure.tables import POSTGRES, ViewTable
 
 R = TypeVar("R")
 Cursor = psycopg.Cursor[TupleRow]
-AsyncConnection = psycopg.AsyncConnection[TupleRow]
 
 CHANNEL = "stored_events"
 DDL_LOCK = 0x1EF7F01D  # one number for all processes: whoever holds it changes tables
@@ -89,7 +84,7 @@ CONNECT_TIMEOUT = 1.0
 """Seconds to wait for a connection; one that takes longer is there for the next attempt."""
 KEEPALIVE = {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3}
 """Seconds, and probes: a peer that is gone is noticed, also where nothing is under way."""
-REFUSALS: Mapping[str, Verdict] = {"stale": Stale(), "repeated": Repeated()}
+CALL_COMMIT = f"SELECT * FROM leftfold_commit({', '.join(f'%b::{k}' for k in COMMIT_PARAMETERS)})"
 
 
 class PostgresDatabase(PostgresDatastore):
@@ -128,7 +123,7 @@ class PostgresDatabase(PostgresDatastore):
                 yield connection
         except PersistenceError as error:
             if isinstance(error.__cause__, psycopg.Error):
-                raise type(error)(_without_values(error.__cause__)) from error.__cause__
+                raise type(error)(without_values(error.__cause__)) from error.__cause__
             raise
 
     @contextlib.contextmanager
@@ -183,13 +178,6 @@ def _session(lock_timeout: int) -> bytes:
     return f"SET TIME ZONE 'UTC'; SET lock_timeout = '{lock_timeout}s'".encode()
 
 
-def _without_values(error: psycopg.Error) -> str:
-    """Say what is wrong; the server's details, and its texts on data, quote rows."""
-    if isinstance(error, psycopg.DataError):
-        return type(error).__name__
-    return error.diag.message_primary or str(error).strip()
-
-
 class PostgresLog(Notifying, PostgresProcessRecorder):
     """The log and the recorder of the library, on one table of events."""
 
@@ -205,17 +193,17 @@ class PostgresLog(Notifying, PostgresProcessRecorder):
                 self.datastore.get_connection() as connection,
                 connection.cursor(row_factory=tuple_row, binary=True) as cursor,
             ):
-                arguments = _arguments(groups)
+                given = (*arrays(groups), len(groups))
                 is_sent = True
                 try:
                     # One statement outside of a transaction: its end is the commit.
-                    answer = cursor.execute(CALL_COMMIT, arguments, prepare=True).fetchone()
+                    answer = cursor.execute(CALL_COMMIT.encode(), given, prepare=True).fetchone()
                 except psycopg.Error as error:
-                    is_sent = error.sqlstate is None  # what the server refuses it has not written
+                    is_sent = not is_refused(error)
                     raise
         except PersistenceError as error:
             return [Failed(str(error), in_doubt=is_sent)] * len(groups)
-        return _verdicts(groups, answer)
+        return judged(groups, *(answer or ((), ())))
 
     def streams(
         self, aggregate_ids: Sequence[UUID], after: Mapping[UUID, int] = NOTHING
@@ -318,7 +306,7 @@ class PostgresLog(Notifying, PostgresProcessRecorder):
     def insert_events(self, stored_events: Sequence[StoredEvent], **kwargs: Any) -> list[int]:
         with self.datastore.writing() as cursor:
             cursor.execute(LOCK)
-            cursor.execute(CALL_INSERT, _columns(encoded(stored_events)))
+            cursor.execute(CALL_INSERT, columns(encoded(stored_events)))
             (first,) = cursor.fetchone() or (None,)
             tracking: Tracking | None = kwargs.get("tracking")
             if tracking is not None:
@@ -345,54 +333,6 @@ class PostgresLog(Notifying, PostgresProcessRecorder):
                 prepare=True,
             )
             return [StoredEvent(originator_id, *values) for values in cursor]
-
-
-def _arguments(groups: Sequence[Group]) -> tuple[Any, ...]:
-    """Return the arguments of `leftfold_commit`."""
-    saves: list[Save] = []
-    events: list[EncodedEvent] = []
-    lasts: list[int] = []
-    event_groups: list[int] = []
-    command_groups: list[int] = []
-    for number, group in enumerate(groups, 1):
-        for save in group:
-            saves.append(save)
-            events += save.events
-            lasts.append(len(events) if save.events else 0)
-            event_groups += [number] * len(save.events)
-            command_groups.append(number)
-    return (
-        *_columns(events),
-        ints(event_groups),
-        uuids([save.command_id for save in saves]),
-        texts([save.command for save in saves]),
-        texts([dump_aggregates(save.aggregates) for save in saves]),
-        byteas([save.answer for save in saves]),
-        ints(lasts),
-        ints(command_groups),
-        len(groups),
-    )
-
-
-def _verdicts(groups: Sequence[Group], answer: TupleRow | None) -> list[Verdict]:
-    """Return what `leftfold_commit` answered."""
-    verdicts, positions = answer or ((), ())
-    found: list[Verdict] = []
-    end = 0
-    for group, verdict in zip(groups, verdicts, strict=True):
-        begin, end = end, end + len(group)
-        at = positions[begin:end] if group else ()
-        found.append(REFUSALS.get(verdict) or Committed(tuple(at)))
-    return found
-
-
-def _columns(events: Sequence[EncodedEvent]) -> tuple[Packed, ...]:
-    return (
-        uuids([event.aggregate_id for event in events]),
-        bigints([event.version for event in events]),
-        texts([event.topic for event in events]),
-        byteas([event.state for event in events]),
-    )
 
 
 class PostgresViews(Tables):
@@ -470,44 +410,6 @@ class PostgresViews(Tables):
             return int(counted)
 
 
-class LoopCommits:
-    """Commits on the event loop, by a connection of its own.
-
-    The server works while the loop goes on; a thread would first have to wait for it to pause.
-    """
-
-    def __init__(
-        self, database: PostgresDatabase, connect: Callable[[], Awaitable[AsyncConnection]]
-    ) -> None:
-        """Connect when there is something to commit, and again when the connection was lost."""
-        self._database = database
-        self._connect = connect
-        self._connection: AsyncConnection | None = None
-
-    async def commit(self, groups: Sequence[Group]) -> list[Verdict]:
-        """Write groups, as `PostgresLog.commit` does."""
-        is_sent = False
-        try:
-            if self._connection is None or self._connection.closed:
-                self._connection = await self._connect()
-            connection = self._connection
-            with self._database.lent(connection):
-                cursor = connection.cursor(binary=True)
-                is_sent = True
-                await cursor.execute(CALL_COMMIT, _arguments(groups), prepare=True)
-                answer = await cursor.fetchone()
-        except psycopg.Error as error:
-            in_doubt = is_sent and error.sqlstate is None  # what the server refuses is not written
-            return [Failed(_without_values(error), in_doubt=in_doubt)] * len(groups)
-        return _verdicts(groups, answer)
-
-    def close(self) -> None:
-        """Close the connection."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.pgconn.finish()
-
-
 class PostgresStore:
     """A database with events, views and checkpoints."""
 
@@ -542,7 +444,7 @@ class PostgresStore:
                 cursor.execute("SELECT pg_advisory_xact_lock(%s)", (DDL_LOCK,))
                 self._set_up(cursor, projections, create_tables=create_tables)
         except psycopg.Error as error:
-            raise StoreUnavailableError(self.name, _without_values(error)) from None
+            raise StoreUnavailableError(self.name, without_values(error)) from None
         database = self._database = PostgresDatabase(self._parts, self._lock_timeout)
         self.views = PostgresViews(database, keys)
         for projection in projections:
@@ -566,7 +468,6 @@ class PostgresStore:
             row_factory=tuple_row,
         )
         await connection.execute(_session(self._lock_timeout))
-        take_packed(connection)
         return connection
 
     def _set_up(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain, repeat
-from struct import Struct, pack
+from struct import Struct, pack, unpack_from
 from uuid import UUID
 
 from psycopg.abc import AdaptContext
@@ -67,6 +67,23 @@ def bigints(values: Sequence[int]) -> Packed:
     """Pack numbers of 64 bits."""
     elements = pack(">" + "iq" * len(values), *chain(*zip(repeat(8), values, strict=False)))
     return _packed(BIGINT, len(values), [elements])
+
+
+def read_texts(packed: bytes) -> list[str]:
+    """Return the texts of an array."""
+    found: list[str] = []
+    at = _HEADER.size
+    while at < len(packed):
+        (length,) = _LENGTH.unpack_from(packed, at)
+        at += _LENGTH.size + length
+        found.append(packed[at - length : at].decode())
+    return found
+
+
+def read_bigints(packed: bytes) -> tuple[int, ...]:
+    """Return the numbers of an array."""
+    number = max(0, len(packed) - _HEADER.size) // 12
+    return unpack_from(">" + "4xq" * number, packed, _HEADER.size) if number else ()
 
 
 def _packed(kind: int, length: int, parts: Sequence[bytes], *, has_nulls: bool = False) -> Packed:

@@ -111,9 +111,9 @@ BEGIN
         END;
     END LOOP;
 END $$"""
-CALL_COMMIT = (
-    b"SELECT * FROM leftfold_commit(%b::uuid[], %b::bigint[], %b::text[], %b::bytea[], %b::int[], "
-    b"%b::uuid[], %b::text[], %b::text[], %b::bytea[], %b::int[], %b::int[], %b)"
+COMMIT_PARAMETERS = (
+    *("uuid[]", "bigint[]", "text[]", "bytea[]", "int[]"),
+    *("uuid[]", "text[]", "text[]", "bytea[]", "int[]", "int[]", "int"),
 )
 
 STATEMENTS = (

@@ -1,0 +1,246 @@
+"""Commits to PostgreSQL: what is sent, what is answered, and a connection that does it on the loop.
+
+Sends and receives through libpq itself: of the driver's way through cursors, types and statements
+nothing is needed here, and a small commit would spend half of its time on it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import psycopg
+from psycopg.errors import error_from_result
+from psycopg.pq import ExecStatus, Format
+from psycopg.pq.abc import PGresult
+from psycopg.rows import TupleRow
+
+from leftfold.application.ports import (
+    Committed,
+    EncodedEvent,
+    Failed,
+    Group,
+    Repeated,
+    Save,
+    Stale,
+    Verdict,
+)
+from leftfold.infrastructure.stores.common import dump_aggregates
+from leftfold.infrastructure.stores.postgres_arrays import (
+    Packed,
+    bigints,
+    byteas,
+    ints,
+    read_bigints,
+    read_texts,
+    texts,
+    uuids,
+)
+from leftfold.infrastructure.stores.postgres_schema import COMMIT_PARAMETERS
+
+AsyncConnection = psycopg.AsyncConnection[TupleRow]
+
+REFUSALS: Mapping[str, Verdict] = {"stale": Stale(), "repeated": Repeated()}
+STATEMENT = b"leftfold_commit"
+NUMBERED = ", ".join(f"${n}::{kind}" for n, kind in enumerate(COMMIT_PARAMETERS, 1))
+SQL = f"SELECT * FROM leftfold_commit({NUMBERED})".encode()
+
+
+class Lending(Protocol):
+    """Notes since when a connection is used, so that one that hangs can be cut."""
+
+    def lent(self, connection: AsyncConnection) -> AbstractContextManager[None]:
+        """Note it while the block runs."""
+        ...
+
+
+def arrays(groups: Sequence[Group]) -> tuple[Packed, ...]:
+    """Return the arguments of `leftfold_commit`, but for the last: the number of groups."""
+    saves: list[Save] = []
+    events: list[EncodedEvent] = []
+    lasts: list[int] = []
+    event_groups: list[int] = []
+    command_groups: list[int] = []
+    for number, group in enumerate(groups, 1):
+        for save in group:
+            saves.append(save)
+            events += save.events
+            lasts.append(len(events) if save.events else 0)
+            event_groups += [number] * len(save.events)
+            command_groups.append(number)
+    return (
+        *columns(events),
+        ints(event_groups),
+        uuids([save.command_id for save in saves]),
+        texts([save.command for save in saves]),
+        texts([dump_aggregates(save.aggregates) for save in saves]),
+        byteas([save.answer for save in saves]),
+        ints(lasts),
+        ints(command_groups),
+    )
+
+
+def columns(events: Sequence[EncodedEvent]) -> tuple[Packed, ...]:
+    """Return events as arrays: ids, versions, topics, states."""
+    return (
+        uuids([event.aggregate_id for event in events]),
+        bigints([event.version for event in events]),
+        texts([event.topic for event in events]),
+        byteas([event.state for event in events]),
+    )
+
+
+def judged(
+    groups: Sequence[Group], verdicts: Sequence[str], positions: Sequence[int]
+) -> list[Verdict]:
+    """Return what `leftfold_commit` answered, by group."""
+    found: list[Verdict] = []
+    end = 0
+    for group, verdict in zip(groups, verdicts, strict=True):
+        begin, end = end, end + len(group)
+        at = positions[begin:end] if group else ()
+        found.append(REFUSALS.get(verdict) or Committed(tuple(at)))
+    return found
+
+
+def without_values(error: psycopg.Error) -> str:
+    """Say what is wrong; the server's details, and its texts on data, quote rows."""
+    if isinstance(error, psycopg.DataError):
+        return type(error).__name__
+    return error.diag.message_primary or str(error).strip()
+
+
+def is_refused(error: psycopg.Error) -> bool:
+    """Tell whether the server says that it has written nothing.
+
+    One that is shutting down, or has crashed (57P01 to 57P03), may say so after it has written.
+    """
+    return error.sqlstate is not None and not error.sqlstate.startswith("57P")
+
+
+class LoopCommits:
+    """Commits on the event loop, by a connection of its own.
+
+    The server works while the loop goes on; a thread would first have to wait for it to pause.
+    """
+
+    def __init__(self, lending: Lending, connect: Callable[[], Awaitable[AsyncConnection]]) -> None:
+        """Connect when there is something to commit, and again when the connection was lost."""
+        self._lending = lending
+        self._connect = connect
+        self._link: _Link | None = None
+
+    async def commit(self, groups: Sequence[Group]) -> list[Verdict]:
+        """Write groups, as `PostgresLog.commit` does."""
+        is_sent = False
+        try:
+            link = self._link
+            if link is None or link.is_closed:
+                link = self._link = _Link(await self._connect())
+            with self._lending.lent(link.connection):
+                await link.prepare()
+                given = arrays(groups)
+                is_sent = True
+                answer = await link.ask((*given, b"%d" % len(groups)))
+        except psycopg.Error as error:
+            failed = Failed(without_values(error), in_doubt=is_sent and not is_refused(error))
+            return [failed] * len(groups)
+        verdicts, positions = answer.get_value(0, 0) or b"", answer.get_value(0, 1) or b""
+        return judged(groups, read_texts(verdicts), read_bigints(positions))
+
+    def close(self) -> None:
+        """Close the connection; any thread may."""
+        link, self._link = self._link, None
+        if link is not None:
+            link.close_soon()
+
+
+class _Link:
+    """A connection that asks one thing, again and again."""
+
+    def __init__(self, connection: AsyncConnection) -> None:
+        self.connection = connection
+        self.is_closed = False
+        self._libpq = connection.pgconn
+        self._loop = asyncio.get_running_loop()
+        self._socket = self._libpq.socket
+        self._is_prepared = False
+        self._answer: asyncio.Future[None] | None = None
+        self._loop.add_reader(self._socket, self._receive)
+
+    async def prepare(self) -> None:
+        """Have the statement parsed, once. Raises what the driver does."""
+        if not self._is_prepared:
+            self._libpq.send_prepare(STATEMENT, SQL)
+            await self._result(ExecStatus.COMMAND_OK)
+            self._is_prepared = True
+
+    async def ask(self, values: Sequence[bytes]) -> PGresult:
+        """Return what the statement answers. Raises what the driver does."""
+        formats = [Format.BINARY] * (len(values) - 1) + [Format.TEXT]
+        self._libpq.send_query_prepared(STATEMENT, values, formats, Format.BINARY)
+        return await self._result(ExecStatus.TUPLES_OK)
+
+    async def _result(self, expected: ExecStatus) -> PGresult:
+        """Send all, and receive all. One that is given up is closed: its answer would come late."""
+        try:
+            await self._flush()
+            result = await self._next()
+            while await self._next() is not None:
+                pass
+        except BaseException:
+            self.close()
+            raise
+        if result is None:
+            msg = "the server did not answer"
+            raise psycopg.OperationalError(msg)
+        if result.status != expected:
+            raise error_from_result(result)
+        return result
+
+    async def _next(self) -> PGresult | None:
+        while self._libpq.is_busy():
+            self._answer = self._loop.create_future()
+            await self._answer
+        return self._libpq.get_result()
+
+    async def _flush(self) -> None:
+        """Send what did not go at once; the server may have to be heard meanwhile."""
+        while self._libpq.flush():
+            writable = asyncio.Event()
+            self._loop.add_writer(self._socket, writable.set)
+            try:
+                await writable.wait()
+            finally:
+                self._loop.remove_writer(self._socket)
+
+    def _receive(self) -> None:
+        """Take what the server says, also when nothing was asked: that it goes away."""
+        answer = self._answer
+        is_awaited = answer is not None and not answer.done()
+        try:
+            self._libpq.consume_input()
+        except psycopg.Error as error:
+            self.close()
+            if answer is not None and is_awaited:
+                answer.set_exception(error)
+            return
+        if answer is not None and is_awaited and not self._libpq.is_busy():
+            answer.set_result(None)
+
+    def close_soon(self) -> None:
+        """Close it on its loop, from any thread; at once if the loop is over."""
+        try:
+            self._loop.call_soon_threadsafe(self.close)
+        except RuntimeError:
+            self.is_closed = True
+            self._libpq.finish()
+
+    def close(self) -> None:
+        """Close it, once."""
+        if not self.is_closed:
+            self.is_closed = True
+            self._loop.remove_reader(self._socket)
+            self._libpq.finish()
