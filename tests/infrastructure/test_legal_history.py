@@ -395,7 +395,7 @@ def a_command_of_nobody(history):
 
 def a_false_record(history):
     first = history.answers[0].job.ids[0]
-    history.recorded[first] = replace(history.recorded[first], position=99)
+    history.recorded[first] = history.recorded[first]._replace(position=99)
 
 
 def a_false_receipt(history):
