@@ -61,6 +61,12 @@ class Overloaded(
     limit: int
 
 
+class Unstorable(DispatchError, message="the event store does not take it: {reason}"):
+    """The database refuses just this command's events; nothing was written."""
+
+    reason: str
+
+
 class ShuttingDown(DispatchError, message="the runtime is shutting down"):
     """The runtime takes no more commands; nothing was written."""
 

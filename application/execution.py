@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from datetime import datetime
+from functools import cache, partial
 from inspect import isawaitable
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -23,10 +23,8 @@ from leftfold.application.errors import (
     InvalidAnswerError,
     NestedDispatchError,
     OutcomeUnknown,
-    Overloaded,
-    ShuttingDown,
-    UnreadableEventError,
     UnsavedEventsError,
+    Unstorable,
 )
 from leftfold.application.mapper import EventMapper, KeysWanted
 from leftfold.application.memory import Hand, Memory
@@ -36,6 +34,7 @@ from leftfold.application.ports import (
     Committed,
     EncodedEvent,
     Failed,
+    Group,
     Log,
     Platform,
     RecordedCommand,
@@ -111,14 +110,12 @@ class Execution:
         access: Access,
         *,
         memory: int,
-        limit: int = 10_000,
         snapshots: Mapping[type[Aggregate], SnapshotPolicy] | None = None,
         committed: Callable[[], None],
     ) -> None:
         """Carry out commands against a log, which `access` asks.
 
-        At most `memory` idle aggregates stay in memory; at most `limit` dispatches are under way;
-        `committed` is called after commits.
+        At most `memory` idle aggregates stay in memory; `committed` is called after commits.
         """
         self._log = log
         self._mapper = mapper
@@ -126,21 +123,14 @@ class Execution:
         self._read = access.read
         self._memory = Memory(memory)
         self._writer = Writer(log, platform, access, committed)
-        self._limit = limit
         self._policies = snapshots or {}
-        self._running = 0
-        self._is_closed = False
-        self._idle: asyncio.Future[None] | None = None
+        self._keeping = 0  # snapshots being kept, in batches
 
     async def __call__(self, dispatch: Dispatch[Any]) -> Outcome:
         """Carry out one command, or a batch."""
-        if self._is_closed:
-            return Err(ShuttingDown())
-        if self._running >= self._limit:
-            return Err(Overloaded(self._limit))
-        if current_unit.get() is not None:
+        outer = current_unit.get()
+        if outer is not None and not outer.sealed:
             raise NestedDispatchError(dispatch.name)
-        self._running += 1
         try:
             if isinstance(dispatch.message, Batch):
                 parts = dispatch.message.parts
@@ -152,25 +142,25 @@ class Execution:
             return Err(error)
         except PersistenceError as error:
             return Err(EventStoreUnavailable(str(error)))
-        finally:
-            self._end()
+
+    @property
+    def waiting(self) -> int:
+        """How many commands wait to be written, also those whose callers have gone away."""
+        return self._writer.waiting
 
     async def drain(self) -> None:
-        """Refuse new commands from now on, and wait for those under way."""
-        self._is_closed = True
-        if self._running and self._idle is None:
-            self._idle = asyncio.get_running_loop().create_future()
-        if self._idle is not None:
-            await asyncio.shield(self._idle)
+        """Wait until all that was begun is written, also what nobody waits for any more."""
         await self._writer.drain()
+        while self._keeping:
+            await self._platform.sleep(0.005)
 
     async def _carry_out(self, parts: Sequence[Dispatch[Any]], known: Known) -> Answers:
         wanted: Wanted = {}
-        moment = self._platform.now()  # one for all that is recorded
         while True:
             unit = Unit(self._memory)
+            moment = self._platform.now()  # one for all that is recorded
             token = current_unit.set(unit)
-            time = clock.use(lambda: moment)
+            time = clock.use(partial(_same, moment))
             outer = metadata.use(NO_METADATA)  # to go back to; each command sets its own
             try:
                 return await self._attempt(unit, parts, known, wanted)
@@ -182,8 +172,10 @@ class Execution:
                 metadata.restore(outer)
                 clock.restore(time)
                 current_unit.reset(token)
-                unit.seal()
-                unit.let_go()
+                try:
+                    unit.seal()
+                finally:
+                    unit.let_go()
 
     async def _attempt(
         self, unit: Unit, parts: Sequence[Dispatch[Any]], known: Known, wanted: Wanted
@@ -224,7 +216,8 @@ class Execution:
         """Begin again if an answer rests on an older state, or repeats what was done before."""
         unit.seal()
         ids = [part.command_id for part in parts if part.command_id not in known]
-        based_on = {i: h.version for i, h in unit.hands.items() if h.version and not h.is_loaded}
+        # What was read in several steps may never have been so at one time.
+        based_on = {} if unit.was_read_at_once else unit.based_on()
         is_fresh, found = await self._read(self._compare, based_on, ids)
         if not is_fresh:
             unit.believed = Believed.BEHIND
@@ -232,9 +225,10 @@ class Execution:
             raise _Again({**known, **found})
 
     def _compare(self, based_on: Mapping[UUID, int], ids: Sequence[UUID]) -> tuple[bool, Known]:
-        is_fresh = (
-            self._log.is_local or not based_on or self._log.versions(list(based_on)) == based_on
-        )
+        is_fresh = True
+        if based_on and not self._log.is_local:
+            versions = self._log.versions(list(based_on))
+            is_fresh = all(versions.get(i, 0) == version for i, version in based_on.items())
         return is_fresh, self._log.commands(ids) if ids else {}
 
     async def _handle(
@@ -245,6 +239,8 @@ class Execution:
         unit.may_take = not part.handling.blocking
         answer: Any
         while True:
+            # Of another, tasks and threads may live on, and go on with what this unit holds.
+            is_plain = not part.handling.blocking
             try:
                 handler = part.handling.handler
                 if part.handling.blocking:
@@ -252,6 +248,7 @@ class Execution:
                 else:
                     answer = handler(part.message)
                 if not isinstance(answer, (Ok, Err)) and isawaitable(answer):
+                    is_plain = False
                     answer = await answer
                 return checked(part, answer)
             except (DomainError, DispatchError) as refusal:
@@ -260,7 +257,7 @@ class Execution:
                 missing = _missing(error)
             wanted.update(missing)
             is_touched = len(unit.events) > begun or unit.is_changed
-            if is_touched or any(map(self._memory.is_taken, missing)):
+            if not is_plain or is_touched or any(map(self._memory.is_taken, missing)):
                 raise _Again(known)
             await self._take_all(unit, missing)
 
@@ -269,36 +266,44 @@ class Execution:
 
         Those that are not in memory are read, of those that are behind what they miss.
         """
+        if self._log.is_local:
+            await self._platform.sleep(0)  # a handler that always wants more does not hold the loop
         absent: Behind = {}
         for aggregate_id in sorted(wanted, key=_number):
-            if self._memory.is_taken(aggregate_id):
-                await self._memory.wait_for(aggregate_id)
-            aggregate, is_current = self._memory.take(aggregate_id)
-            unit.hands[aggregate_id] = Hand(aggregate)
+            aggregate, is_current = await self._memory.take(aggregate_id)
+            unit.hands[aggregate_id] = Hand(aggregate, is_current=is_current)
             if not is_current:
                 absent[aggregate_id] = wanted[aggregate_id], aggregate
         if absent:
-            for aggregate_id, aggregate in (await self._read(self._load, absent)).items():
+            loaded, due = await self._read(self._load, absent)
+            for aggregate_id, aggregate in loaded.items():
                 unit.hands[aggregate_id] = Hand(aggregate, is_loaded=True)
+            self._keep_soon(due)
 
-    def _load(self, behind: Behind) -> dict[UUID, Aggregate | None]:
+    def _load(self, behind: Behind) -> tuple[dict[UUID, Aggregate | None], list[Aggregate]]:
+        """Read aggregates; return also those whose state is worth being kept."""
         begun = self._platform.monotonic()
         known = {i: aggregate for i, (_, aggregate) in behind.items() if aggregate is not None}
         known |= self._kept({i: kind for i, (kind, _) in behind.items() if i not in known})
-        streams = self._log.streams(list(behind), {i: a.version for i, a in known.items()})
+        # From the last event that each has seen: a store that was set back may have another there.
+        streams = self._log.streams(list(behind), {i: a.version - 1 for i, a in known.items()})
         loaded: dict[UUID, Aggregate | None] = {}
         due: list[Aggregate] = []
         for aggregate_id, (kind, _) in behind.items():
             events = self._mapper.decode_all(streams.get(aggregate_id, ()))
-            aggregate = loaded[aggregate_id] = project(known.get(aggregate_id), events)
+            before = known.get(aggregate_id)
+            if before is not None and not _has_seen(before, events):
+                before = None
+                events = self._mapper.decode_all(self._log.streams([aggregate_id])[aggregate_id])
+            if before is not None:
+                del events[0]
+            aggregate = loaded[aggregate_id] = project(before, events)
             policy = self._policies.get(kind)
             if aggregate is not None and policy is not None:
                 took = (self._platform.monotonic() - begun) / len(behind)
                 if policy.is_due_after(len(events), took):
                     due.append(aggregate)
-        if due:
-            self._log.keep_snapshots([self._snapshot(aggregate) for aggregate in due])
-        return loaded
+        return loaded, due
 
     def _kept(self, absent: Wanted) -> dict[UUID, Aggregate]:
         """Return the aggregates of these that there are snapshots of."""
@@ -313,46 +318,49 @@ class Execution:
                 )
                 try:
                     kept[snapshot.aggregate_id] = self._mapper.decode(*stored).mutate(None)
-                except UnreadableEventError as error:  # its stream is whole all the same
-                    _log.warning("a snapshot is left aside: %s", error)
+                except (PersistenceError, DispatchError):  # the keys are away
+                    raise
+                except Exception as error:  # noqa: BLE001 - its stream is whole all the same
+                    _log.warning("a snapshot of %s is left aside: %s", kind.__name__, error)
         return kept
 
-    def _snapshot(self, aggregate: Aggregate) -> StoredSnapshot:
-        snapshot: Any = aggregate.Snapshot.take(aggregate)  # typed by the library
-        encoded = self._mapper.encode(snapshot)
-        return StoredSnapshot(
-            aggregate.id, aggregate.version, shape_of(type(aggregate)), encoded.state
-        )
-
     def _keep_due(self, unit: Unit) -> None:
-        """Keep, beside the commands, the aggregates that have grown enough."""
-        due: list[StoredSnapshot] = []
+        """Keep the aggregates that a commit has made grow enough."""
+        due: list[Aggregate] = []
         for hand in unit.hands.values():
-            aggregate = hand.aggregate
+            aggregate = hand.after()  # as it was written, if nobody went on with it
             policy = self._policies.get(type(aggregate)) if aggregate is not None else None
             if aggregate is None or policy is None:
                 continue
             if policy.is_due_at(hand.version, aggregate.version):
-                try:
-                    due.append(self._snapshot(aggregate))
-                except Exception:  # noqa: BLE001 - what was committed is answered all the same
-                    _log.exception("no snapshot of %s %s", type(aggregate).__name__, aggregate.id)
-        if due:
-            self._running += 1  # draining waits for it
-            self._platform.spawn(self._keep(due))
+                due.append(aggregate)
+        self._keep_soon(due)
 
-    async def _keep(self, due: Sequence[StoredSnapshot]) -> None:
+    def _keep_soon(self, due: Sequence[Aggregate]) -> None:
+        """Keep the state of aggregates, as it is now, beside the commands."""
+        snapshots: list[StoredSnapshot] = []
+        for aggregate in due:
+            kind = type(aggregate)
+            try:
+                taken: Any = aggregate.Snapshot.take(aggregate)  # typed by the library
+                state = self._mapper.encode(taken).state
+            except Exception:  # noqa: BLE001 - what was committed is answered all the same
+                _log.exception("no snapshot of %s %s", kind.__name__, aggregate.id)
+            else:
+                snapshots.append(
+                    StoredSnapshot(aggregate.id, aggregate.version, shape_of(kind), state)
+                )
+        if snapshots:
+            self._keeping += 1
+            self._platform.spawn(self._keep(snapshots))
+
+    async def _keep(self, snapshots: Sequence[StoredSnapshot]) -> None:
         try:
-            await self._read(self._log.keep_snapshots, due)
+            await self._read(self._log.keep_snapshots, snapshots)
         except (EventStoreUnavailable, PersistenceError) as error:
             _log.warning("snapshots are not kept: %s", error)
         finally:
-            self._end()
-
-    def _end(self) -> None:
-        self._running -= 1
-        if self._idle is not None and not self._running and not self._idle.done():
-            self._idle.set_result(None)
+            self._keeping -= 1
 
     async def _saves(self, staged: Sequence[_Staged]) -> list[Save]:
         """Encode what is to be written; subjects without a key get one before."""
@@ -399,7 +407,12 @@ class Execution:
     ) -> Answers:
         saves = await self._saves(staged)
         unit.seal()
-        verdict = await self._writer.write(saves)
+        saved: Collection[UUID] = staged[0].versions
+        if len(staged) > 1:
+            saved = {aggregate_id for each in staged for aggregate_id in each.versions}
+        looked_at = unit.based_on(saved) if len(unit.hands) > len(saved) else {}
+        unit.believed = Believed.BEHIND  # also if nobody waits for the verdict any more
+        verdict = await self._writer.write(Group(saves, tuple(looked_at.items())))
         match verdict:
             case Committed(positions):
                 unit.believed = Believed.AFTER
@@ -408,25 +421,35 @@ class Execution:
                 _complete(staged, positions)
                 return values
             case Stale() | Repeated():
-                unit.believed = Believed.BEHIND
                 found = await self._known(part for part in parts if part.command_id not in known)
                 if found:
                     raise _Again({**known, **found})
                 return Err(Conflict(tuple(unit.versions.items())))
-            case Failed(reason, in_doubt=False):
-                return Err(EventStoreUnavailable(reason))
+            case Failed(reason, in_doubt=False, is_refusal=is_refusal):
+                unit.believed = Believed.BEFORE
+                return Err(Unstorable(reason) if is_refusal else EventStoreUnavailable(reason))
             case Failed():
-                unit.believed = Believed.BEHIND
-                try:
-                    done, is_ours = await self._read(self._settle, saves)
-                except Exception:  # noqa: BLE001 - the store is failing; what counts is the doubt
-                    done, is_ours = {}, False
-                if len(done) < len(saves):
-                    return Err(OutcomeUnknown(parts[0].command_id))
-                if not is_ours:  # another attempt at the same commands was first
-                    raise _Again({**known, **done})
-                _complete(staged, [done[save.command_id].position for save in saves])
-                return values
+                return await self._in_doubt(parts, values, staged, saves, known)
+
+    async def _in_doubt(
+        self,
+        parts: Sequence[Dispatch[Any]],
+        values: list[Any],
+        staged: Sequence[_Staged],
+        saves: Sequence[Save],
+        known: Known,
+    ) -> Answers:
+        """Answer for a commit whose answer was lost."""
+        try:
+            done, is_ours = await self._read(self._settle, saves)
+        except Exception:  # noqa: BLE001 - the store is failing; what counts is the doubt
+            done, is_ours = {}, False
+        if len(done) < len(saves):
+            return Err(OutcomeUnknown(parts[0].command_id))
+        if not is_ours:  # another attempt at the same commands was first
+            raise _Again({**known, **done})
+        _complete(staged, [done[save.command_id].position for save in saves])
+        return values
 
     def _settle(self, saves: Sequence[Save]) -> tuple[Known, bool]:
         """Look up what became of saves in doubt; tell also whether it is they that were written.
@@ -452,11 +475,26 @@ _number = attrgetter("int")  # UUIDs compare by it, more slowly
 
 
 def _complete(staged: Sequence[_Staged], positions: Sequence[int]) -> None:
-    """Complete the receipts among the answers with the positions of their last events."""
+    """Complete the receipts among the answers with what is known only now."""
     for each, position in zip(staged, positions, strict=True):
-        if isinstance(each.value, Receipt):
-            # Frozen for all but the runtime, which made it before its position was known.
-            object.__setattr__(each.value, "position", position)
+        receipt = each.value
+        if isinstance(receipt, Receipt):  # frozen for all but the runtime
+            object.__setattr__(receipt, "position", position)
+            if len(receipt.aggregates) < len(each.versions):  # it was not of the last `save`
+                object.__setattr__(receipt, "aggregates", tuple(each.versions.items()))
+
+
+def _same(moment: datetime) -> datetime:
+    return moment
+
+
+def _has_seen(aggregate: Aggregate, events: Sequence[Event]) -> bool:
+    """Tell whether the first of these events is the last that an aggregate has seen."""
+    if not events:
+        return False
+    first = events[0]
+    at = first.originator_version, first.timestamp
+    return at == (aggregate.version, aggregate.modified_on)
 
 
 def _missing(error: BaseException) -> Wanted:

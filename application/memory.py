@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from datetime import date, time, timedelta
 from decimal import Decimal
 from enum import Enum
@@ -22,13 +22,28 @@ NOT_THERE = (None, False)
 class Hand:
     """An aggregate in a dispatch's hand, and how it was when it was taken."""
 
-    __slots__ = ("_sealed_version", "_state", "aggregate", "is_loaded", "is_taken", "version")
+    __slots__ = (
+        "_sealed_version",
+        "_state",
+        "aggregate",
+        "is_current",
+        "is_loaded",
+        "is_taken",
+        "version",
+    )
 
     def __init__(
-        self, aggregate: Aggregate | None, *, is_loaded: bool = False, is_taken: bool = True
+        self,
+        aggregate: Aggregate | None,
+        *,
+        is_current: bool = True,
+        is_loaded: bool = False,
+        is_taken: bool = True,
     ) -> None:
         """Take an aggregate in hand; None if it does not exist, or is not in memory."""
         self.aggregate = aggregate
+        self.is_current = is_current
+        """It is not known that the store has a newer one."""
         self.is_loaded = is_loaded
         """The store was asked for it, so that it is not older than the dispatch."""
         self.is_taken = is_taken
@@ -73,35 +88,46 @@ class Memory:
         self._size = size
         # Oldest first: what is taken leaves, and what is let go comes to the end.
         self._idle: OrderedDict[UUID, tuple[Aggregate, bool]] = OrderedDict()
-        self._waiting: dict[UUID, list[asyncio.Future[None]]] = {}
+        self._taken: dict[UUID, deque[asyncio.Future[None]] | None] = {}
+        """What is in hand, and who waits for it, first come first served."""
 
     def is_taken(self, aggregate_id: UUID) -> bool:
         """Tell whether a dispatch has the aggregate in hand."""
-        return aggregate_id in self._waiting
+        return aggregate_id in self._taken
 
-    def take(self, aggregate_id: UUID) -> tuple[Aggregate | None, bool]:
-        """Take a free aggregate; return it if it is in memory, and whether it is not behind."""
-        self._waiting[aggregate_id] = []
+    async def take(self, aggregate_id: UUID) -> tuple[Aggregate | None, bool]:
+        """Take an aggregate when its turn comes.
+
+        Return it if it is in memory, and whether it is not behind.
+        """
+        if aggregate_id not in self._taken:
+            self._taken[aggregate_id] = None
+        else:
+            waiting = self._taken[aggregate_id]
+            if waiting is None:
+                waiting = self._taken[aggregate_id] = deque()
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            waiting.append(turn)
+            try:
+                await turn
+            except BaseException:
+                if not turn.cancelled():  # its turn had come
+                    self._pass_on(aggregate_id)
+                raise
         return self._idle.pop(aggregate_id, NOT_THERE)
 
     def take_current(self, aggregate_id: UUID) -> Hand | None:
         """Take an aggregate in hand if it is free, in memory, and not known to be behind."""
-        # What is idle is free.
+        if aggregate_id in self._taken:
+            return None
         aggregate, is_current = self._idle.pop(aggregate_id, NOT_THERE)
         if aggregate is None:
             return None
         if not is_current:
             self._idle[aggregate_id] = aggregate, False
             return None
-        self._waiting[aggregate_id] = []
+        self._taken[aggregate_id] = None
         return Hand(aggregate)
-
-    async def wait_for(self, aggregate_id: UUID) -> None:
-        """Wait until nobody has the aggregate in hand."""
-        while (waiting := self._waiting.get(aggregate_id)) is not None:
-            free: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            waiting.append(free)
-            await free
 
     def let_go(
         self, aggregate_id: UUID, aggregate: Aggregate | None, *, is_current: bool = True
@@ -111,6 +137,14 @@ class Memory:
             self._idle[aggregate_id] = aggregate, is_current
             if len(self._idle) > self._size:
                 self._idle.popitem(last=False)
-        for free in self._waiting.pop(aggregate_id, ()):
-            if not free.done():
-                free.set_result(None)
+        self._pass_on(aggregate_id)
+
+    def _pass_on(self, aggregate_id: UUID) -> None:
+        """Give an aggregate to who waits for it; free it if nobody does."""
+        waiting = self._taken[aggregate_id]
+        while waiting:
+            turn = waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+        del self._taken[aggregate_id]

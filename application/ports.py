@@ -111,7 +111,7 @@ class Committed(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Stale:
-    """An aggregate had changed; nothing of the group was written."""
+    """An aggregate is at another version than the group is based on; nothing of it was written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,15 +121,29 @@ class Repeated:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The database failed. `in_doubt`: while committing, so that the outcome is not known."""
+    """The database failed."""
 
     reason: str
-    in_doubt: bool
+    in_doubt: bool = False
+    """It failed while committing, so that the outcome is not known."""
+    is_refusal: bool = False
+    """It does not want just this: nothing is wrong with it, and to repeat it is of no use."""
 
 
 Verdict: TypeAlias = Committed | Stale | Repeated | Failed
-Group: TypeAlias = Sequence[Save]
-"""Saves that are written all or none."""
+
+
+class Group(NamedTuple):
+    """Saves that are written all or none."""
+
+    saves: Sequence[Save]
+    based_on: Sequence[tuple[UUID, int]] = ()
+    """Aggregates that were looked at and not saved, and their versions; 0 for one that is absent.
+
+    An aggregate whose events are saved must be at the version before the first of them.
+    """
+
+
 Commit: TypeAlias = Callable[[Sequence[Group]], Awaitable[list[Verdict]]]
 """Writes groups in their order; each gets its own verdict."""
 

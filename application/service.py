@@ -128,8 +128,20 @@ class Unit:
         """Take no more: what a task of the handler does from now on would be lost."""
         if not self.sealed:
             self.sealed = True
-            for hand in self.hands.values():
+            for hand in list(self.hands.values()):  # a thread of a handler may still be at it
                 hand.seal()
+
+    def based_on(self, saved: Iterable[UUID] = ()) -> dict[UUID, int]:
+        """Return the versions that what was looked at had, but for what is saved; 0: absent."""
+        versions = {i: hand.version for i, hand in self.hands.items() if hand.is_taken}
+        for aggregate_id in saved:
+            versions.pop(aggregate_id, None)
+        return versions
+
+    @property
+    def was_read_at_once(self) -> bool:
+        """All that it looked at is one aggregate, and was read for it."""
+        return len(self.hands) <= 1 and all(hand.is_loaded for hand in self.hands.values())
 
     def let_go(self) -> None:
         """Let others use the aggregates, and keep in memory what can be believed."""
@@ -137,10 +149,11 @@ class Unit:
             self.believed is Believed.AFTER,
             self.believed is not Believed.BEHIND,
         )
-        for aggregate_id, hand in self.hands.items():
+        for aggregate_id, hand in list(self.hands.items()):
             if hand.is_taken:
                 aggregate = hand.after() if is_after else hand.before()
-                self._memory.let_go(aggregate_id, aggregate, is_current=is_current)
+                is_new = is_current and (is_after or hand.is_current)
+                self._memory.let_go(aggregate_id, aggregate, is_current=is_new)
 
     @property
     def is_changed(self) -> bool:

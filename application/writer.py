@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 from leftfold.application.ports import Access, Committed, Group, Log, Platform, Verdict
 
-MAX_GROUPED_EVENTS = 1_000
-"""Events after which a group is full; a single larger save still goes whole."""
+MAX_GROUPED_EVENTS, MAX_GROUPED_BYTES = 1_000, 16 << 20
+"""Events, and bytes of their states, in one call; a single larger group still goes whole."""
 
 
 class Writer:
-    """All saves that wait share one call of the log, in their order; each has its own verdict."""
+    """All groups that wait share one call of the log, in their order; each has its own verdict."""
 
     def __init__(
         self, log: Log, platform: Platform, access: Access, committed: Callable[[], None]
@@ -39,6 +39,11 @@ class Writer:
             self._platform.spawn(self._drain())
         return await answer
 
+    @property
+    def waiting(self) -> int:
+        """How many groups wait to be written, also those whose callers have gone away."""
+        return len(self._waiting)
+
     async def drain(self) -> None:
         """Wait until all that was given is written, also what nobody waits for any more."""
         while self._is_draining:
@@ -50,26 +55,29 @@ class Writer:
                 groups, answers = self._take()
                 try:
                     verdicts = await self._access.commit(groups)
+                    for answer, verdict in zip(answers, verdicts, strict=True):
+                        if not answer.done():  # its caller has gone away
+                            answer.set_result(verdict)
+                    if any(isinstance(verdict, Committed) for verdict in verdicts):
+                        self._committed()
                 except Exception as error:  # noqa: BLE001 - each waiting dispatch raises it
                     for answer in answers:
                         if not answer.done():
                             answer.set_exception(error)
-                    continue
-                for answer, verdict in zip(answers, verdicts, strict=True):
-                    if not answer.done():  # its caller has gone away
-                        answer.set_result(verdict)
-                if any(isinstance(verdict, Committed) for verdict in verdicts):
-                    self._committed()
         finally:
             self._is_draining = False
 
     def _take(self) -> tuple[list[Group], list[asyncio.Future[Verdict]]]:
         groups: list[Group] = []
         answers: list[asyncio.Future[Verdict]] = []
-        size = 0
-        while self._waiting and size < MAX_GROUPED_EVENTS:
-            group, answer = self._waiting.popleft()
+        number = size = 0
+        while self._waiting:
+            group, answer = self._waiting[0]
+            number += sum(len(save.events) for save in group.saves)
+            size += sum(len(event.state) for save in group.saves for event in save.events)
+            if groups and (number > MAX_GROUPED_EVENTS or size > MAX_GROUPED_BYTES):
+                break
+            self._waiting.popleft()
             groups.append(group)
             answers.append(answer)
-            size += sum(len(save.events) for save in group)
         return groups, answers

@@ -105,13 +105,16 @@ def may_pass(error: Exception) -> bool:
 
 def _has_failed(outcome: object) -> bool:
     if isinstance(outcome, _Verdicts):
-        return any(isinstance(verdict, Failed) for verdict in outcome)
+        return any(isinstance(verdict, Failed) and not verdict.is_refusal for verdict in outcome)
     return isinstance(outcome, Exception) and may_pass(outcome)
 
 
 def _is_repeatable(outcome: object) -> bool:
     if isinstance(outcome, _Verdicts):
-        return all(isinstance(verdict, Failed) and not verdict.in_doubt for verdict in outcome)
+        return all(
+            isinstance(verdict, Failed) and not verdict.in_doubt and not verdict.is_refusal
+            for verdict in outcome
+        )
     return isinstance(outcome, Exception) and may_pass(outcome)
 
 

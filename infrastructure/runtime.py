@@ -24,9 +24,9 @@ from leftfold.application import (
     Model,
     QueryBus,
     Receipt,
-    ShuttingDown,
     ViewBehind,
 )
+from leftfold.application.admission import Admission
 from leftfold.application.bus import Outcome, Step
 from leftfold.application.execution import Execution
 from leftfold.application.middleware import conflict_retry, logged, timeout
@@ -371,13 +371,14 @@ class _Parts:
             platform,
             self.access,
             memory=settings.memory,
-            limit=settings.max_commands,
             snapshots=model.snapshots,
             committed=self._wake,
         )
+        self._admission = Admission(settings.max_commands, lambda: self._execution.waiting)
         self.commands = CommandBus(
             (
                 *around,
+                self._admission,
                 timeout(settings.command_timeout),
                 conflict_retry(platform, settings.conflict_attempts),
             ),
@@ -387,8 +388,8 @@ class _Parts:
         self._services = [service(store=factory) for service in model.services]
         for service in self._services:
             self.commands.add(*service.handlers())
-        self._answering = _Answering(platform)
-        self.queries = QueryBus(around, self._answering)
+        self._asking = Admission()
+        self.queries = QueryBus((*around, self._asking), partial(_answer, platform))
         views = FollowedViews(store, self.followers, self.access, settings.view_timeout)
         histories = StoredHistories(store, mapper, self.access)
         for query_service in model.queries:
@@ -403,8 +404,9 @@ class _Parts:
 
     async def drain(self, seconds: float) -> None:
         """Finish commands, then queries, which commands may need; each within some seconds."""
+        await _within(seconds, self._admission.drain())
         await _within(seconds, self._execution.drain())
-        await _within(seconds, self._answering.drain())
+        await _within(seconds, self._asking.drain())
 
     async def stop(self) -> None:
         """Finish the pages under way, and listen no more."""
@@ -483,37 +485,14 @@ class _Parts:
                 loop.remove_reader(listening)
 
 
-class _Answering:
-    """The innermost step of the query bus: it knows which queries are under way."""
-
-    def __init__(self, platform: SystemPlatform) -> None:
-        self._platform = platform
-        self._running = 0
-        self._is_closed = False
-        self._idle = asyncio.Event()
-
-    async def __call__(self, dispatch: Dispatch[Any]) -> Outcome:
-        if self._is_closed:
-            return Err(ShuttingDown())
-        self._running += 1
-        handling = dispatch.handling
-        if handling.blocking:
-            blocking: Callable[[Any], Any] = handling.handler
-            in_thread = partial(self._platform.in_own_thread, blocking)
-            dispatch = dispatch._replace(handling=replace(handling, handler=in_thread))
-        try:
-            return await answer(dispatch)
-        finally:
-            self._running -= 1
-            if not self._running:
-                self._idle.set()
-
-    async def drain(self) -> None:
-        """Refuse new queries from now on, and wait for those under way."""
-        self._is_closed = True
-        while self._running:
-            self._idle.clear()
-            await self._idle.wait()
+async def _answer(platform: SystemPlatform, dispatch: Dispatch[Any]) -> Outcome:
+    """Answer a query, a blocking one in a thread."""
+    handling = dispatch.handling
+    if handling.blocking:
+        blocking: Callable[[Any], Any] = handling.handler
+        in_thread = partial(platform.in_own_thread, blocking)
+        dispatch = dispatch._replace(handling=replace(handling, handler=in_thread))
+    return await answer(dispatch)
 
 
 async def _within(seconds: float, work: Awaitable[object]) -> None:

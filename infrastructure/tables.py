@@ -268,8 +268,8 @@ class ViewTable(Generic[R]):
         return self._counting(form).given(self._conditions.values(constants))
 
     @cached_property
-    def indexes(self) -> tuple[str, ...]:
-        """The statements that make the projection's indexes; the key ends each, for paging."""
+    def indexes(self) -> dict[str, str]:
+        """The projection's indexes by their names: how each is made. The key ends it, for paging."""
         # Pages begin with the absent; PostgreSQL's indexes end with them unless they are told.
         is_sqlite, columns = self.dialect is SQLITE, self.table.c
         made = (
@@ -280,7 +280,7 @@ class ViewTable(Generic[R]):
             )
             for names in self.projection.indexes
         )
-        return tuple(self._text(CreateIndex(index, if_not_exists=True)) for index in made)
+        return {str(i.name): self._text(CreateIndex(i, if_not_exists=True)) for i in made}
 
     def _constant(self, name: str, value: object) -> object:
         """Return what a column holds for a specification's constant."""

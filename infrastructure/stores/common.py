@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeVar
 from uuid import UUID
 
 import sqlalchemy as sa
 from eventsourcing.persistence import Notification, StoredEvent
 
 from leftfold.application import Projection
-from leftfold.application.ports import EncodedEvent, LoggedEvent
+from leftfold.application.ports import EncodedEvent, Group, LoggedEvent
 from leftfold.domain.personal import Keys
 from leftfold.infrastructure.tables import ViewTable
 
@@ -20,6 +20,53 @@ R = TypeVar("R")
 
 SCHEMA_VERSION = 2
 MAX_VERSION = 2**62
+
+
+class Run(NamedTuple):
+    """Groups of one call that have nothing to do with each other: each is judged by the store."""
+
+    groups: list[Group]
+    bases: list[dict[int, int]]
+    """Of each group: the version that an aggregate must be at, by the number of its id."""
+
+
+def runs(groups: Sequence[Group]) -> Iterator[Run | None]:
+    """Part groups, in their order, into runs; None stands for a group that contradicts itself.
+
+    A group is in another run than what it rests on, and than a repetition of its commands: that
+    happens where a caller has gone away and what it asked for is still to be written.
+    """
+    run, written, commands = Run([], []), set[int](), set[UUID]()
+    for group in groups:
+        bases, ends = _bases(group)
+        ids = [save.command_id for save in group.saves]
+        is_apart = bases is None or not (written.isdisjoint(bases) and commands.isdisjoint(ids))
+        if run.groups and is_apart:
+            yield run
+            run, written, commands = Run([], []), set(), set()
+        if bases is None:
+            yield None
+            continue
+        run.groups.append(group)
+        run.bases.append(bases)
+        written.update(ends)
+        commands.update(ids)
+    if run.groups:
+        yield run
+
+
+def _bases(group: Group) -> tuple[dict[int, int] | None, dict[int, int]]:
+    """Return the versions that a group rests on, and those that it leaves; None if they clash."""
+    bases = {aggregate_id.int: version for aggregate_id, version in group.based_on}
+    ends: dict[int, int] = {}
+    for save in group.saves:
+        for aggregate_id, version, _, _ in save.events:
+            number = aggregate_id.int
+            if ends.get(number, bases.get(number, version - 1)) != version - 1:
+                return None, ends
+            bases.setdefault(number, version - 1)
+            ends[number] = version
+    return bases, ends
 
 
 class Notifying:

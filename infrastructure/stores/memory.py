@@ -52,21 +52,25 @@ class MemoryLog(POPOProcessRecorder):
         return verdicts
 
     def _commit(self, group: Group) -> Verdict:
+        index, events = self._stored_events_index, self._stored_events
+        for aggregate_id, version in group.based_on:
+            if len(index.get(str(aggregate_id), ())) != version:
+                return Stale()
         streams: list[dict[int, int]] = []
         ends: dict[str, int] = {}
-        for save in group:
+        for save in group.saves:
             if save.command_id in self._commands:
                 return Repeated()
             for aggregate_id, version, _, _ in save.events:
                 key = str(aggregate_id)
-                stream = self._stored_events_index[key]
+                stream = index[key]
                 if version != ends.get(key, len(stream)) + 1:
                     return Stale()
                 ends[key] = version
                 streams.append(stream)
-        events, stream_of, now = self._stored_events, iter(streams), monotonic()
+        stream_of, now = iter(streams), monotonic()
         positions: list[int] = []
-        for save in group:
+        for save in group.saves:
             for event in save.events:
                 next(stream_of)[event.version] = len(events)
                 events.append(StoredEvent(*event))

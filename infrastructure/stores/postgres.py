@@ -35,6 +35,7 @@ from leftfold.application.ports import (
     Order,
     RecordedCommand,
     Seek,
+    Stale,
     StoredSnapshot,
     Verdict,
 )
@@ -53,9 +54,11 @@ from leftfold.infrastructure.stores.common import (
     MAX_VERSION,
     SCHEMA_VERSION,
     Notifying,
+    Run,
     Tables,
     encoded,
     load_aggregates,
+    runs,
 )
 from leftfold.infrastructure.stores.postgres_arrays import take_packed
 from leftfold.infrastructure.stores.postgres_commits import (
@@ -63,7 +66,8 @@ from leftfold.infrastructure.stores.postgres_commits import (
     LoopCommits,
     arrays,
     columns,
-    is_refused,
+    failed,
+    halves,
     judged,
     without_values,
 )
@@ -109,8 +113,9 @@ class PostgresDatabase(PostgresDatastore):
         prepare, session = super().after_connect_func(), _session(self.lock_timeout)
 
         def after_connect(connection: psycopg.Connection[Any]) -> None:
-            prepare(connection)
-            connection.execute(session)
+            with self.lent(connection):
+                prepare(connection)
+                connection.execute(session)
             take_packed(connection)
 
         return after_connect
@@ -175,7 +180,11 @@ def _session(lock_timeout: int) -> bytes:
 
     In other zones the first and last days of the calendar cannot be read.
     """
-    return f"SET TIME ZONE 'UTC'; SET lock_timeout = '{lock_timeout}s'".encode()
+    return (
+        f"SET TIME ZONE 'UTC'; SET lock_timeout = '{lock_timeout}s'; "
+        # What the commit looks at under its lock must be what is there by then.
+        "SET default_transaction_isolation = 'read committed'"
+    ).encode()
 
 
 class PostgresLog(Notifying, PostgresProcessRecorder):
@@ -187,23 +196,31 @@ class PostgresLog(Notifying, PostgresProcessRecorder):
     # The application's port
 
     def commit(self, groups: Sequence[Group]) -> list[Verdict]:
+        verdicts: list[Verdict] = []
+        for run in runs(groups):
+            verdicts += (Stale(),) if run is None else self._commit(run)
+        return verdicts
+
+    def _commit(self, run: Run) -> list[Verdict]:
         is_sent = False
         try:
             with (
                 self.datastore.get_connection() as connection,
                 connection.cursor(row_factory=tuple_row, binary=True) as cursor,
             ):
-                given = (*arrays(groups), len(groups))
+                given = (*arrays(run), len(run.groups))
                 is_sent = True
-                try:
-                    # One statement outside of a transaction: its end is the commit.
-                    answer = cursor.execute(CALL_COMMIT.encode(), given, prepare=True).fetchone()
-                except psycopg.Error as error:
-                    is_sent = not is_refused(error)
-                    raise
+                # One statement outside of a transaction: its end is the commit.
+                cursor.execute(CALL_COMMIT.encode(), given, prepare=True)
+                verdicts, positions = cursor.fetchone() or ((), ())
         except PersistenceError as error:
-            return [Failed(str(error), in_doubt=is_sent)] * len(groups)
-        return judged(groups, *(answer or ((), ())))
+            if not isinstance(error.__cause__, psycopg.Error):
+                return [Failed(str(error), in_doubt=is_sent)] * len(run.groups)
+            verdict = failed(error.__cause__, is_sent=is_sent)
+            if verdict.is_refusal and len(run.groups) > 1:  # somebody else's fault
+                return [v for half in halves(run) for v in self._commit(half)]
+            return [verdict] * len(run.groups)
+        return judged(run, verdicts, positions)
 
     def streams(
         self, aggregate_ids: Sequence[UUID], after: Mapping[UUID, int] = NOTHING
@@ -449,8 +466,11 @@ class PostgresStore:
         self.views = PostgresViews(database, keys)
         for projection in projections:
             self.views.table(projection)
-        self.log = PostgresLog(database, events_table_name="stored_events")
         self._commits = LoopCommits(database, self._connect_loop)
+        try:
+            self.log = PostgresLog(database, events_table_name="stored_events")
+        except PersistenceError as error:  # it asks the database for its settings
+            raise StoreUnavailableError(self.name, str(error)) from None
 
     def _connect(self, *, autocommit: bool = False) -> psycopg.Connection[TupleRow]:
         return psycopg.connect(
@@ -467,7 +487,13 @@ class PostgresStore:
             connect_timeout=self._lock_timeout,
             row_factory=tuple_row,
         )
-        await connection.execute(_session(self._lock_timeout))
+        database = self._database
+        try:
+            with contextlib.nullcontext() if database is None else database.lent(connection):
+                await connection.execute(_session(self._lock_timeout))
+        except BaseException:
+            connection.pgconn.finish()
+            raise
         return connection
 
     def _set_up(
@@ -477,20 +503,21 @@ class PostgresStore:
         made = cursor.execute("SELECT to_regclass(%s), to_regclass(%s)", (ours, theirs)).fetchone()
         if made is not None and made[0] is None and made[1] is not None:
             raise StoreUnavailableError(self.name, f"its table {theirs} was not made by leftfold")
-        if create_tables:
+        version = 0
+        if made is not None and made[0] is not None:
+            found = cursor.execute("SELECT version FROM leftfold_schema").fetchone()
+            version = found[0] if found else 0
+        elif not create_tables:
+            raise SchemaMissingError(self.name, ours)
+        # What is there is left alone: to make it again, even in vain, takes locks from commits.
+        # Every version up to now has only added to the one before.
+        if create_tables and version < SCHEMA_VERSION:
             for statement in STATEMENTS:
                 cursor.execute(statement.encode())
-            if not cursor.execute("SELECT 1 FROM leftfold_schema").fetchone():
-                cursor.execute("INSERT INTO leftfold_schema VALUES (%s)", (SCHEMA_VERSION,))
-        elif made is None or made[0] is None:
-            raise SchemaMissingError(self.name, ours)
-        if create_tables:  # every version up to now has only added to the one before
-            cursor.execute(
-                "UPDATE leftfold_schema SET version = %s WHERE version < %s", (SCHEMA_VERSION,) * 2
-            )
-        row = cursor.execute("SELECT version FROM leftfold_schema").fetchone()
-        if row != (SCHEMA_VERSION,):
-            raise SchemaVersionError(self.name, row[0] if row else 0, SCHEMA_VERSION)
+            cursor.execute("DELETE FROM leftfold_schema")
+            cursor.execute("INSERT INTO leftfold_schema VALUES (%s)", (SCHEMA_VERSION,))
+        elif version != SCHEMA_VERSION:
+            raise SchemaVersionError(self.name, version, SCHEMA_VERSION)
         for projection in projections:
             self._set_up_view(cursor, ViewTable(projection, POSTGRES), create_tables=create_tables)
 
@@ -608,5 +635,7 @@ def _shows(cursor: Cursor, projection: Projection[Any]) -> bool:
 
 
 def _make_indexes(cursor: Cursor, table: ViewTable[Any]) -> None:
-    for index in table.indexes:
-        cursor.execute(index.encode())
+    for name, statement in table.indexes.items():
+        # One that is there is left alone: to make it again, even in vain, takes a lock from pages.
+        if cursor.execute("SELECT to_regclass(%s)", (f'"{name}"',)).fetchone() == (None,):
+            cursor.execute(statement.encode())

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain, repeat
 from struct import Struct, pack, unpack_from
-from uuid import UUID
 
 from psycopg.abc import AdaptContext
 from psycopg.adapt import Dumper
@@ -39,9 +38,9 @@ def take_packed(context: AdaptContext) -> None:
     context.adapters.register_dumper(Packed, _PackedDumper)
 
 
-def uuids(values: Sequence[UUID]) -> Packed:
-    """Pack ids."""
-    return _packed(UUIDS, len(values), [_UUID_LENGTH + value.bytes for value in values])
+def uuids(values: Sequence[int]) -> Packed:
+    """Pack ids, by their numbers."""
+    return _packed(UUIDS, len(values), [_UUID_LENGTH + value.to_bytes(16) for value in values])
 
 
 def texts(values: Sequence[str]) -> Packed:

@@ -27,7 +27,7 @@ from leftfold.application.ports import (
     Stale,
     Verdict,
 )
-from leftfold.infrastructure.stores.common import dump_aggregates
+from leftfold.infrastructure.stores.common import Run, dump_aggregates, runs
 from leftfold.infrastructure.stores.postgres_arrays import (
     Packed,
     bigints,
@@ -42,6 +42,8 @@ from leftfold.infrastructure.stores.postgres_schema import COMMIT_PARAMETERS
 
 AsyncConnection = psycopg.AsyncConnection[TupleRow]
 
+OF_THE_DATA = ("22", "23", "54", "P0")
+"""Classes of errors that are about what is written: data, constraints, limits, code."""
 REFUSALS: Mapping[str, Verdict] = {"stale": Stale(), "repeated": Repeated()}
 STATEMENT = b"leftfold_commit"
 NUMBERED = ", ".join(f"${n}::{kind}" for n, kind in enumerate(COMMIT_PARAMETERS, 1))
@@ -56,24 +58,28 @@ class Lending(Protocol):
         ...
 
 
-def arrays(groups: Sequence[Group]) -> tuple[Packed, ...]:
+def arrays(run: Run) -> tuple[Packed, ...]:
     """Return the arguments of `leftfold_commit`, but for the last: the number of groups."""
     saves: list[Save] = []
     events: list[EncodedEvent] = []
     lasts: list[int] = []
     event_groups: list[int] = []
     command_groups: list[int] = []
-    for number, group in enumerate(groups, 1):
-        for save in group:
+    for number, group in enumerate(run.groups, 1):
+        for save in group.saves:
             saves.append(save)
             events += save.events
             lasts.append(len(events) if save.events else 0)
             event_groups += [number] * len(save.events)
             command_groups.append(number)
+    bases = run.bases
     return (
+        uuids([aggregate for versions in bases for aggregate in versions]),
+        bigints([version for versions in bases for version in versions.values()]),
+        ints([number for number, versions in enumerate(bases, 1) for _ in versions]),
         *columns(events),
         ints(event_groups),
-        uuids([save.command_id for save in saves]),
+        uuids([save.command_id.int for save in saves]),
         texts([save.command for save in saves]),
         texts([dump_aggregates(save.aggregates) for save in saves]),
         byteas([save.answer for save in saves]),
@@ -85,24 +91,38 @@ def arrays(groups: Sequence[Group]) -> tuple[Packed, ...]:
 def columns(events: Sequence[EncodedEvent]) -> tuple[Packed, ...]:
     """Return events as arrays: ids, versions, topics, states."""
     return (
-        uuids([event.aggregate_id for event in events]),
+        uuids([event.aggregate_id.int for event in events]),
         bigints([event.version for event in events]),
         texts([event.topic for event in events]),
         byteas([event.state for event in events]),
     )
 
 
-def judged(
-    groups: Sequence[Group], verdicts: Sequence[str], positions: Sequence[int]
-) -> list[Verdict]:
+def judged(run: Run, verdicts: Sequence[str], positions: Sequence[int]) -> list[Verdict]:
     """Return what `leftfold_commit` answered, by group."""
     found: list[Verdict] = []
     end = 0
-    for group, verdict in zip(groups, verdicts, strict=True):
-        begin, end = end, end + len(group)
-        at = positions[begin:end] if group else ()
-        found.append(REFUSALS.get(verdict) or Committed(tuple(at)))
+    for group, verdict in zip(run.groups, verdicts, strict=True):
+        begin, end = end, end + len(group.saves)
+        found.append(REFUSALS.get(verdict) or Committed(tuple(positions[begin:end])))
     return found
+
+
+def failed(error: psycopg.Error, *, is_sent: bool) -> Failed:
+    """Say what an error means for what was to be written."""
+    code = error.sqlstate or ""
+    # A server or a pooler that is going away may say so after it has written.
+    in_doubt = is_sent and (not code or code == "40003" or code.startswith(("08", "57P")))
+    return Failed(without_values(error), in_doubt, is_refusal=code[:2] in OF_THE_DATA)
+
+
+def halves(run: Run) -> tuple[Run, Run]:
+    """Part a run in two."""
+    middle = len(run.groups) // 2
+    return (
+        Run(run.groups[:middle], run.bases[:middle]),
+        Run(run.groups[middle:], run.bases[middle:]),
+    )
 
 
 def without_values(error: psycopg.Error) -> str:
@@ -110,14 +130,6 @@ def without_values(error: psycopg.Error) -> str:
     if isinstance(error, psycopg.DataError):
         return type(error).__name__
     return error.diag.message_primary or str(error).strip()
-
-
-def is_refused(error: psycopg.Error) -> bool:
-    """Tell whether the server says that it has written nothing.
-
-    One that is shutting down, or has crashed (57P01 to 57P03), may say so after it has written.
-    """
-    return error.sqlstate is not None and not error.sqlstate.startswith("57P")
 
 
 class LoopCommits:
@@ -131,27 +143,43 @@ class LoopCommits:
         self._lending = lending
         self._connect = connect
         self._link: _Link | None = None
+        self._is_closed = False
 
     async def commit(self, groups: Sequence[Group]) -> list[Verdict]:
         """Write groups, as `PostgresLog.commit` does."""
+        verdicts: list[Verdict] = []
+        for run in runs(groups):
+            verdicts += (Stale(),) if run is None else await self._commit(run)
+        return verdicts
+
+    async def _commit(self, run: Run) -> list[Verdict]:
         is_sent = False
         try:
-            link = self._link
-            if link is None or link.is_closed:
-                link = self._link = _Link(await self._connect())
+            link = await self._connected()
             with self._lending.lent(link.connection):
                 await link.prepare()
-                given = arrays(groups)
+                given = arrays(run)
                 is_sent = True
-                answer = await link.ask((*given, b"%d" % len(groups)))
+                answer = await link.ask((*given, b"%d" % len(run.groups)))
         except psycopg.Error as error:
-            failed = Failed(without_values(error), in_doubt=is_sent and not is_refused(error))
-            return [failed] * len(groups)
+            verdict = failed(error, is_sent=is_sent)
+            if verdict.is_refusal and len(run.groups) > 1:  # somebody else's fault
+                return [v for half in halves(run) for v in await self._commit(half)]
+            return [verdict] * len(run.groups)
         verdicts, positions = answer.get_value(0, 0) or b"", answer.get_value(0, 1) or b""
-        return judged(groups, read_texts(verdicts), read_bigints(positions))
+        return judged(run, read_texts(verdicts), read_bigints(positions))
+
+    async def _connected(self) -> _Link:
+        if self._is_closed:
+            msg = "the store is closed"
+            raise psycopg.OperationalError(msg)
+        if self._link is None or self._link.is_closed:
+            self._link = _Link(await self._connect())
+        return self._link
 
     def close(self) -> None:
         """Close the connection; any thread may."""
+        self._is_closed = True
         link, self._link = self._link, None
         if link is not None:
             link.close_soon()

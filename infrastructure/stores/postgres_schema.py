@@ -43,10 +43,9 @@ BEGIN
         WITH ORDINALITY AS given (i, v, t, s, g, n) WHERE g <> ALL (refused);
     END IF;
     before := leftfold_insert(ids, versions, topics, states) - 1;
-    SELECT array_agg(
-        CASE WHEN l = 0 OR g = ANY (refused) THEN 0 ELSE before + coalesce(ranks[l], l) END
-        ORDER BY n
-    ) INTO positions FROM unnest(lasts, command_groups) WITH ORDINALITY AS given (l, g, n);
+    positions := array(
+        SELECT CASE WHEN l = 0 OR g = ANY (refused) THEN 0 ELSE before + coalesce(ranks[l], l) END
+        FROM unnest(lasts, command_groups) WITH ORDINALITY AS given (l, g, n) ORDER BY n);
     INSERT INTO leftfold_commands (command_id, command, position, aggregates, answer)
     SELECT c, m, p, w, a
     FROM unnest(commands, names, positions, written, answers, command_groups)
@@ -54,64 +53,39 @@ BEGIN
     WHERE g <> ALL (refused);
 END $$"""
 
-# All saves that wait, in one statement, which is a transaction: all groups at once; where some are
-# stale or repeated, all others at once; where groups of one call exclude each other, one by one.
+# All groups of a run, in one statement, which is a transaction. Under the lock it is looked whether
+# each may be written, and then all that may are written at once: `bases` are the versions that the
+# groups rest on, 0 for an aggregate that is absent.
 # OFFSET 0 keeps the planner, which knows nothing of the arrays, from reading whole tables.
 COMMIT = """
 CREATE OR REPLACE FUNCTION leftfold_commit(
+    base_ids uuid[], base_versions bigint[], base_groups int[],
     ids uuid[], versions bigint[], topics text[], states bytea[], event_groups int[],
     commands uuid[], names text[], written text[], answers bytea[], lasts int[],
     command_groups int[], number_of_groups int, OUT verdicts text[], OUT positions bigint[]
 ) LANGUAGE plpgsql AS $$
 DECLARE
-    every int[] := array(SELECT generate_series(1, number_of_groups));
     stale int[];
     repeated int[];
-    each bigint[];
-    violated text;
 BEGIN
     LOCK TABLE stored_events IN EXCLUSIVE MODE;
     NOTIFY stored_events;
-    verdicts := array_fill('committed'::text, ARRAY[number_of_groups]);
-    BEGIN
-        positions := leftfold_write(ids, versions, topics, states, event_groups,
-            commands, names, written, answers, lasts, command_groups, '{}');
-        RETURN;
-    EXCEPTION WHEN unique_violation THEN
-        stale := array(
-            SELECT DISTINCT g FROM unnest(ids, versions, event_groups) AS given (i, v, g),
-            LATERAL (SELECT FROM stored_events WHERE originator_id = i AND originator_version = v
-                OFFSET 0) AS there);
-        repeated := array(
-            SELECT DISTINCT g FROM unnest(commands, command_groups) AS given (i, g),
-            LATERAL (SELECT FROM leftfold_commands WHERE command_id = i OFFSET 0) AS there);
-    END;
-    FOR g IN 1 .. number_of_groups LOOP
-        verdicts[g] := CASE WHEN g = ANY (stale) THEN 'stale' WHEN g = ANY (repeated)
-            THEN 'repeated' ELSE 'committed' END;
-    END LOOP;
-    BEGIN
-        positions := leftfold_write(ids, versions, topics, states, event_groups,
-            commands, names, written, answers, lasts, command_groups, stale || repeated);
-        RETURN;
-    EXCEPTION WHEN unique_violation THEN
-        positions := array_fill(0::bigint, ARRAY[cardinality(commands)]);
-    END;
-    FOR g IN 1 .. number_of_groups LOOP
-        CONTINUE WHEN verdicts[g] <> 'committed';
-        BEGIN
-            each := leftfold_write(ids, versions, topics, states, event_groups,
-                commands, names, written, answers, lasts, command_groups, array_remove(every, g));
-            -- Not before the block has ended well: variables survive an exception.
-            positions := array(SELECT greatest(a, b) FROM unnest(positions, each)
-                WITH ORDINALITY AS given (a, b, n) ORDER BY n);
-        EXCEPTION WHEN unique_violation THEN
-            GET STACKED DIAGNOSTICS violated = TABLE_NAME;
-            verdicts[g] := CASE violated WHEN 'leftfold_commands' THEN 'repeated' ELSE 'stale' END;
-        END;
-    END LOOP;
+    stale := array(
+        SELECT g FROM unnest(base_ids, base_versions, base_groups) AS given (i, v, g)
+        WHERE v <> coalesce((SELECT max(originator_version) FROM stored_events
+            WHERE originator_id = i AND originator_version >= v), 0));
+    repeated := array(
+        SELECT g FROM unnest(commands, command_groups) AS given (i, g),
+        LATERAL (SELECT FROM leftfold_commands WHERE command_id = i OFFSET 0) AS there);
+    positions := leftfold_write(ids, versions, topics, states, event_groups,
+        commands, names, written, answers, lasts, command_groups, stale || repeated);
+    verdicts := array(
+        SELECT CASE WHEN g = ANY (stale) THEN 'stale' WHEN g = ANY (repeated) THEN 'repeated'
+            ELSE 'committed' END
+        FROM generate_series(1, number_of_groups) AS g ORDER BY g);
 END $$"""
 COMMIT_PARAMETERS = (
+    *("uuid[]", "bigint[]", "int[]"),
     *("uuid[]", "bigint[]", "text[]", "bytea[]", "int[]"),
     *("uuid[]", "text[]", "text[]", "bytea[]", "int[]", "int[]", "int"),
 )

@@ -57,11 +57,13 @@ from leftfold.infrastructure.stores.common import (
     MAX_VERSION,
     SCHEMA_VERSION,
     Notifying,
+    Run,
     Tables,
     as_uuid,
     dump_aggregates,
     encoded,
     load_aggregates,
+    runs,
 )
 from leftfold.infrastructure.tables import SQLITE, ViewTable
 
@@ -75,6 +77,12 @@ ATTEMPTS_AT_WAL = 100  # others that open the same new file may come between
 BULK = 500  # rows from which a transaction is large
 CHECKPOINT, BULK_CHECKPOINT = 1_000, 8_000  # pages in the write-ahead log before it is moved
 CACHE = 32_768  # KiB of pages the writer keeps: the index on aggregates is written at random
+# VALUES as a table: an IN of pairs would read the whole index.
+LAST_VERSIONS = (
+    "WITH given (id, version) AS (VALUES {}) SELECT (SELECT max(originator_version) "
+    "FROM stored_events WHERE originator_id = id AND originator_version >= version) FROM given"
+)
+KNOWN_COMMANDS = "SELECT command_id FROM leftfold_commands WHERE command_id IN ({})"
 LIBRARY_ERRORS: dict[type[sqlite3.Error], type[PersistenceError]] = {
     sqlite3.DataError: DataError,
     sqlite3.IntegrityError: IntegrityError,
@@ -249,19 +257,29 @@ class SQLiteLog(Notifying, SQLiteProcessRecorder):
     # The application's port
 
     def commit(self, groups: Sequence[Group]) -> list[Verdict]:
-        saves = list(chain.from_iterable(groups))
-        events = _events_of(saves)
+        verdicts: list[Verdict] = []
+        for run in runs(groups):
+            verdicts += (Stale(),) if run is None else self._commit(run)
+        return verdicts
+
+    def _commit(self, run: Run) -> list[Verdict]:
+        """Write the groups of a run that are neither stale nor repeated, in one transaction."""
         try:
-            try:
-                with self.datastore.writing(len(events)) as connection:
-                    positions = iter(_insert_saves(connection, saves, events))
-            except IntegrityError:
-                with self.datastore.writing(len(events)) as connection:
-                    return _write_one_by_one(connection, groups)
+            with self.datastore.writing(sum(map(_size, run.groups))) as connection:
+                verdicts = _judge(connection, run)
+                good = [g for g, verdict in zip(run.groups, verdicts, strict=True) if not verdict]
+                positions = iter(_insert_saves(connection, [s for g in good for s in g.saves]))
+        except (DataError, IntegrityError) as error:  # something refuses just what is in a group
+            if len(run.groups) == 1:
+                return [Failed(type(error).__name__, is_refusal=True)]
+            return [v for g, b in zip(*run, strict=True) for v in self._commit(Run([g], [b]))]
         except PersistenceError as error:
             # SQLite is in this process: a commit that fails is rolled back.
-            return [Failed(str(error), in_doubt=False)] * len(groups)
-        return [Committed(tuple(islice(positions, len(group)))) for group in groups]
+            return [Failed(str(error))] * len(run.groups)
+        return [
+            verdict or Committed(tuple(islice(positions, len(group.saves))))
+            for group, verdict in zip(run.groups, verdicts, strict=True)
+        ]
 
     def streams(
         self, aggregate_ids: Sequence[UUID], after: Mapping[UUID, int] = NOTHING
@@ -421,17 +439,9 @@ def _insert_rows(
     The driver gives up the interpreter's lock at every step of a statement. One row a step
     makes it wait for the lock after each, while other threads compute.
     """
-    if not rows:
-        return
-    begin, at_once = 0, ROWS_AT_ONCE
-    while begin < len(rows):
-        # By halves, so that there are few statements, which the connection remembers.
-        while at_once > len(rows) - begin:
-            at_once //= 2
-        chunk = rows[begin : begin + at_once]
-        statement = _insert_statement(insert, len(rows[0]), at_once, conflict)
-        connection.execute(statement, list(chain.from_iterable(chunk)))
-        begin += at_once
+    for begin, number in _chunks_of(len(rows)):
+        statement = _insert_statement(insert, len(rows[0]), number, conflict)
+        connection.execute(statement, list(chain.from_iterable(rows[begin : begin + number])))
 
 
 @lru_cache
@@ -440,14 +450,51 @@ def _insert_statement(insert: str, columns: int, rows: int, conflict: str) -> st
     return insert + ",".join([marks] * rows) + conflict
 
 
-def _events_of(saves: Sequence[Save]) -> list[EncodedEvent]:
-    return [event for save in saves for event in save.events]
+def _size(group: Group) -> int:
+    return sum(len(save.events) for save in group.saves)
 
 
-def _insert_saves(
-    connection: sqlite3.Connection, saves: Sequence[Save], events: Sequence[EncodedEvent]
-) -> list[int]:
+def _judge(connection: sqlite3.Connection, run: Run) -> list[Verdict | None]:
+    """Return what speaks against each group, while nobody else can write."""
+    bases = [(i.to_bytes(16), v) for versions in run.bases for i, v in versions.items()]
+    last = iter(_in_chunks(connection, LAST_VERSIONS, "(?,?)", list(chain.from_iterable(bases)), 2))
+    ids = [save.command_id.bytes for group in run.groups for save in group.saves]
+    known = set(_in_chunks(connection, KNOWN_COMMANDS, "?", ids, 1))
+    verdicts: list[Verdict | None] = []
+    for group, versions in zip(run.groups, run.bases, strict=True):
+        stale = [version != (next(last) or 0) for version in versions.values()]
+        repeated = [save.command_id.bytes in known for save in group.saves]
+        verdicts.append(Stale() if any(stale) else Repeated() if any(repeated) else None)
+    return verdicts
+
+
+def _in_chunks(
+    connection: sqlite3.Connection, query: str, mark: str, values: Sequence[object], width: int
+) -> Iterator[Any]:
+    """Yield the first column of what a query answers about values, many of them at a time."""
+    for begin, number in _chunks_of(len(values) // width):
+        marks = ",".join([mark] * number)
+        asked = values[begin * width : (begin + number) * width]
+        for (answer,) in connection.execute(query.format(marks), asked).fetchall():
+            yield answer
+
+
+def _chunks_of(number: int) -> Iterator[tuple[int, int]]:
+    """Yield where chunks begin and how many they are: by halves, so that statements are few.
+
+    A connection remembers the statements that it has compiled.
+    """
+    begin, at_once = 0, ROWS_AT_ONCE
+    while begin < number:
+        while at_once > number - begin:
+            at_once //= 2
+        yield begin, at_once
+        begin += at_once
+
+
+def _insert_saves(connection: sqlite3.Connection, saves: Sequence[Save]) -> list[int]:
     """Insert the events and the ids of commands; return the position of each one's last event."""
+    events = [event for save in saves for event in save.events]
     position = _insert_events(connection, events) - len(events)
     commands: list[tuple[object, ...]] = []
     positions: list[int] = []
@@ -461,23 +508,6 @@ def _insert_saves(
     insert = "INSERT INTO leftfold_commands (command_id, command, position, aggregates, answer) "
     _insert_rows(connection, insert + "VALUES ", "", commands)
     return positions
-
-
-def _write_one_by_one(connection: sqlite3.Connection, groups: Sequence[Group]) -> list[Verdict]:
-    verdicts: list[Verdict] = []
-    for group in groups:
-        connection.execute("SAVEPOINT alone")
-        try:
-            verdicts.append(Committed(tuple(_insert_saves(connection, group, _events_of(group)))))
-        except sqlite3.IntegrityError as error:
-            connection.execute("ROLLBACK TO alone")
-            verdicts.append(_verdict(error))
-        connection.execute("RELEASE alone")
-    return verdicts
-
-
-def _verdict(error: sqlite3.IntegrityError) -> Verdict:
-    return Repeated() if "leftfold_commands" in str(error) else Stale()
 
 
 @lru_cache(maxsize=65_536)
@@ -708,7 +738,7 @@ def _set_up_view(
 
 
 def _make_indexes(connection: sqlite3.Connection, table: ViewTable[Any]) -> None:
-    for index in table.indexes:
+    for index in table.indexes.values():
         connection.execute(index)
 
 

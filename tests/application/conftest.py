@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
+from threading import Event
 from typing import Any
 from uuid import UUID
 
@@ -36,6 +37,19 @@ class DoubtfulLog(FarLog):
     def commit(self, groups: Sequence[Group]) -> list[Verdict]:
         super().commit(groups)
         return [Failed("connection lost", in_doubt=True)] * len(groups)
+
+
+class SlowLog(FarLog):
+    """Commits in a thread, when it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_commit = Event()
+        self.may_commit.set()
+
+    def commit(self, groups: Sequence[Group]) -> list[Verdict]:
+        self.may_commit.wait(10)
+        return super().commit(groups)
 
 
 class OvertakenLog(FarLog):
@@ -152,6 +166,14 @@ def shops():
     log = FarLog()
     with opened(log) as one, opened(log) as other:
         yield one, other
+
+
+@pytest.fixture
+def slow_shop():
+    """A bus whose log waits for an event before it commits."""
+    log = SlowLog()
+    with opened(log) as shop:
+        yield shop, log.may_commit
 
 
 @pytest.fixture

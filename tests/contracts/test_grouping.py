@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from leftfold.application.ports import Committed, EncodedEvent, Repeated, Save, Stale
+from leftfold.application.ports import Committed, EncodedEvent, Group, Repeated, Save, Stale
 from leftfold.infrastructure.settings import load_settings
 from leftfold.infrastructure.stores import make_store
 
@@ -40,9 +40,11 @@ class Law:
     versions: dict[int, int] = field(default_factory=dict)
     commands: set[int] = field(default_factory=set)
 
-    def judge(self, group):
+    def judge(self, group, looked_at):
         """Return the verdicts that are right for a group, and take note of it."""
         right = set()
+        if any(self.versions.get(item, 0) != version for item, version in looked_at.items()):
+            right.add(Stale)
         if any(command in self.commands for command, _ in group):
             right.add(Repeated)
         if any(self.versions.get(item, 0) >= v for _, events in group for item, v in events):
@@ -72,8 +74,16 @@ def programs(draw):
                 events.append((item, based_on[item]))
             group.append((command, events))
             used.add(command)
-        groups.append(group)
-        rights.append(law.judge(group))
+        written = {item for _, events in group for item, _ in events}
+        others = sorted({0, 1, 2} - written)
+        looked_at = {
+            item: max(0, law.versions.get(item, 0) - draw(st.sampled_from([0, 0, 0, 1])))
+            for item in draw(
+                st.lists(st.sampled_from(others), unique=True) if others else st.just([])
+            )
+        }
+        groups.append((group, looked_at))
+        rights.append(law.judge(group, looked_at))
     return groups, rights
 
 
@@ -84,7 +94,13 @@ class Committing:
         self.log, self.begun = log, log.head()
         self.items = [uuid4() for _ in range(3)]
         self.commands = {}
-        self.groups = [[self._save(*save) for save in group] for group in groups]
+        self.groups = [
+            Group(
+                [self._save(*save) for save in group],
+                [(self.items[item], version) for item, version in looked_at.items()],
+            )
+            for group, looked_at in groups
+        ]
         self.verdicts = []
 
     def commit(self, sizes):
@@ -183,7 +199,7 @@ def test_of_groups_in_one_call_the_refused_leave_nothing_and_the_rest_are_whole(
         save
         for group, right in zip(done.groups, rights, strict=True)
         if right == {Committed}
-        for save in group
+        for save in group.saves
     ]
     assert read == [(e.aggregate_id, e.version, e.state) for s in written for e in s.events]
     ids: list[UUID] = list(done.commands.values())
