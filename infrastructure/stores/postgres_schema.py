@@ -56,14 +56,14 @@ END $$"""
 # All groups of a run, in one statement, which is a transaction. Under the lock it is looked whether
 # each may be written, and then all that may are written at once: `bases` are the versions that the
 # groups rest on, 0 for an aggregate that is absent.
-# OFFSET 0 keeps the planner, which knows nothing of the arrays, from reading whole tables.
+# The planner knows nothing of the arrays, and first plans for empty tables: it is kept to indexes.
 COMMIT = """
 CREATE OR REPLACE FUNCTION leftfold_commit(
     base_ids uuid[], base_versions bigint[], base_groups int[],
     ids uuid[], versions bigint[], topics text[], states bytea[], event_groups int[],
     commands uuid[], names text[], written text[], answers bytea[], lasts int[],
     command_groups int[], number_of_groups int, OUT verdicts text[], OUT positions bigint[]
-) LANGUAGE plpgsql AS $$
+) LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
     stale int[];
     repeated int[];
