@@ -37,14 +37,14 @@ def described(
     """Let the commands dispatched inside of the block have this metadata.
 
     What is not given stays as it is outside: a web program names the request and its user once,
-    where requests come in.
+    where requests come in. Raises `InvalidMetadataError`.
     """
     outer = _described.get()
     metadata = Metadata(
         outer.correlation_id if correlation_id is None else correlation_id,
         outer.causation_id if causation_id is None else causation_id,
         outer.user if user is None else user,
-    )
+    ).check()
     token = _described.set(metadata)
     try:
         yield metadata
@@ -201,7 +201,7 @@ class CommandBus(Bus[Command[Any, Any]]):
                 command,
                 self._find(command),
                 command_id or self._new_id(),
-                metadata=_described.get() if metadata is None else metadata,
+                metadata=_described.get() if metadata is None else metadata.check(),
             )
         )
 
@@ -222,7 +222,7 @@ class CommandBus(Bus[Command[Any, Any]]):
         if len(set(ids)) < len(ids):
             msg = "a command_id stands for one command"
             raise ValueError(msg)
-        described = _described.get() if metadata is None else metadata
+        described = _described.get() if metadata is None else metadata.check()
         parts = tuple(
             Dispatch(command, self._find(command), command_id, metadata=described)
             for command, command_id in zip(commands, ids, strict=True)

@@ -145,7 +145,7 @@ class Execution:
 
     @property
     def waiting(self) -> int:
-        """How many commands wait to be written, also those whose callers have gone away."""
+        """How many dispatches are not written yet, also those whose callers have gone away."""
         return self._writer.waiting
 
     async def drain(self) -> None:

@@ -27,12 +27,12 @@ def logged(platform: Platform) -> Middleware:
         except Exception:
             _log.exception("%s %s failed", dispatch.name, dispatch.command_id)
             raise
-        took = (platform.monotonic() - begun) * 1000
-        if isinstance(outcome, Err):
-            error = type(outcome.error).__name__
-            _log.info("%s %s: %s (%.1f ms)", dispatch.name, dispatch.command_id, error, took)
-        else:
-            _log.debug("%s %s done (%.1f ms)", dispatch.name, dispatch.command_id, took)
+        is_refused = isinstance(outcome, Err)
+        if is_refused or _log.isEnabledFor(logging.DEBUG):
+            level = logging.INFO if is_refused else logging.DEBUG
+            done = f": {type(outcome.error).__name__}" if isinstance(outcome, Err) else " done"
+            took = (platform.monotonic() - begun) * 1000
+            _log.log(level, "%s %s%s (%.1f ms)", dispatch.name, dispatch.command_id, done, took)
         return outcome
 
     return around

@@ -196,8 +196,13 @@ class Log(Protocol):
         """
         ...
 
-    def read(self, after: int, limit: int, topics: Sequence[str] = ()) -> list[LoggedEvent]:
-        """Return at most `limit` events after a position, of these topics if any are given."""
+    def read(
+        self, after: int, limit: int, topics: Sequence[str] = (), *, without: Sequence[str] = ()
+    ) -> list[LoggedEvent]:
+        """Return at most `limit` events after a position.
+
+        If `topics` are given, only events of these; none that are of a topic in `without`.
+        """
         ...
 
     def head(self) -> int:

@@ -24,6 +24,7 @@ class Writer:
         self._access = access
         self._committed = committed
         self._waiting: deque[tuple[Group, asyncio.Future[Verdict]]] = deque()
+        self._writing = 0
         self._is_draining = False
 
     async def write(self, group: Group) -> Verdict:
@@ -41,8 +42,8 @@ class Writer:
 
     @property
     def waiting(self) -> int:
-        """How many groups wait to be written, also those whose callers have gone away."""
-        return len(self._waiting)
+        """How many groups are not written yet, also those whose callers have gone away."""
+        return len(self._waiting) + self._writing
 
     async def drain(self) -> None:
         """Wait until all that was given is written, also what nobody waits for any more."""
@@ -53,6 +54,7 @@ class Writer:
         try:
             while self._waiting:
                 groups, answers = self._take()
+                self._writing = len(groups)
                 try:
                     verdicts = await self._access.commit(groups)
                     for answer, verdict in zip(answers, verdicts, strict=True):
@@ -65,6 +67,7 @@ class Writer:
                         if not answer.done():
                             answer.set_exception(error)
         finally:
+            self._writing = 0
             self._is_draining = False
 
     def _take(self) -> tuple[list[Group], list[asyncio.Future[Verdict]]]:

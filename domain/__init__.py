@@ -3,7 +3,7 @@
 from leftfold.domain.aggregate import Aggregate, Snapshot, project
 from leftfold.domain.errors import AggregateNotFound, DomainError, LeftfoldError
 from leftfold.domain.event import WHEN_RECORDED, Created, DomainEvent, Event
-from leftfold.domain.metadata import Metadata
+from leftfold.domain.metadata import InvalidMetadataError, Metadata
 from leftfold.domain.personal import ERASED, Personal, PersonalDataErased
 from leftfold.domain.result import Err, Ok, Result
 from leftfold.domain.specification import (
@@ -36,6 +36,7 @@ __all__ = [
     "Err",
     "Event",
     "Explanation",
+    "InvalidMetadataError",
     "InvalidSpecification",
     "InvalidValue",
     "LeftfoldError",

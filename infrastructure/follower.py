@@ -72,9 +72,9 @@ class Follower(Generic[R]):
         self._page_size = page_size
         self._poll_interval = poll_interval
         self._paged = paged
-        topics = [topic for e in projection.event_types for topic in (e.TOPIC, *e.ALIASES)]
-        reads_all = set(topics) >= set(mapper.event_topics())
-        self._topics = () if reads_all else tuple(topics)
+        topics = {topic for e in projection.event_types for topic in (e.TOPIC, *e.ALIASES)}
+        # An event that the model does not know is not passed over: it may have been meant for it.
+        self._without = tuple(topic for topic in mapper.event_topics() if topic not in topics)
         self._rows: LRUCache[str, R] = LRUCache(CACHED_ROWS)
         self._rows_at = -1
         self._hint = asyncio.Event()
@@ -151,7 +151,9 @@ class Follower(Generic[R]):
         if begun != self._rows_at:
             self._rows.clear()
         head = self.head = self._log.head()
-        logged = self._log.read(begun, self._page_size, self._topics) if head > begun else []
+        logged = (
+            self._log.read(begun, self._page_size, without=self._without) if head > begun else []
+        )
         is_full = len(logged) == self._page_size
         end = begun
         if logged:

@@ -269,7 +269,7 @@ class ViewTable(Generic[R]):
 
     @cached_property
     def indexes(self) -> dict[str, str]:
-        """The projection's indexes by their names: how each is made. The key ends it, for paging."""
+        """How the projection's indexes are made, by their names; the key ends each, for paging."""
         # Pages begin with the absent; PostgreSQL's indexes end with them unless they are told.
         is_sqlite, columns = self.dialect is SQLITE, self.table.c
         made = (

@@ -73,7 +73,9 @@ class Notifying:
     """The library's notifications, from the log's own reading."""
 
     @abstractmethod
-    def read(self, after: int, limit: int, topics: Sequence[str] = ()) -> list[LoggedEvent]: ...
+    def read(
+        self, after: int, limit: int, topics: Sequence[str] = (), *, without: Sequence[str] = ()
+    ) -> list[LoggedEvent]: ...
 
     def select_notifications(
         self,

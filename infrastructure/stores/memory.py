@@ -140,14 +140,16 @@ class MemoryLog(POPOProcessRecorder):
                 del self._recorded[command_id], self._commands[command_id]
         return len(old)
 
-    def read(self, after: int, limit: int, topics: Sequence[str] = ()) -> list[LoggedEvent]:
-        wanted = frozenset(topics)
+    def read(
+        self, after: int, limit: int, topics: Sequence[str] = (), *, without: Sequence[str] = ()
+    ) -> list[LoggedEvent]:
+        wanted, unwanted = frozenset(topics), frozenset(without)
         found: list[LoggedEvent] = []
         with self._database_lock:
             events = self._stored_events
             for at in range(after, len(events)):
                 event = events[at]
-                if not wanted or event.topic in wanted:
+                if (not wanted or event.topic in wanted) and event.topic not in unwanted:
                     aggregate_id = event.originator_id
                     assert isinstance(aggregate_id, UUID)  # noqa: S101 - our mapper's
                     found.append(

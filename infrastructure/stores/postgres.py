@@ -300,14 +300,16 @@ class PostgresLog(Notifying, PostgresProcessRecorder):
             )
             return cursor.rowcount
 
-    def read(self, after: int, limit: int, topics: Sequence[str] = ()) -> list[LoggedEvent]:
+    def read(
+        self, after: int, limit: int, topics: Sequence[str] = (), *, without: Sequence[str] = ()
+    ) -> list[LoggedEvent]:
         with self.datastore.reading(binary=True) as cursor:
             cursor.execute(
                 "SELECT notification_id, originator_id, originator_version, topic, state "
                 "FROM stored_events WHERE notification_id > %s "
-                "AND (%s::text[] IS NULL OR topic = ANY(%s)) "
+                "AND (%s::text[] IS NULL OR topic = ANY(%s)) AND topic <> ALL(%s) "
                 "ORDER BY notification_id LIMIT %s",
-                (after, list(topics) or None, list(topics) or None, limit),
+                (after, list(topics) or None, list(topics) or None, list(without), limit),
                 prepare=True,
             )
             return [LoggedEvent(*values) for values in cursor]

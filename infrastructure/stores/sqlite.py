@@ -362,13 +362,16 @@ class SQLiteLog(Notifying, SQLiteProcessRecorder):
                 connection.executemany("DELETE FROM leftfold_commands WHERE command_id = ?", old)
         return len(old)
 
-    def read(self, after: int, limit: int, topics: Sequence[str] = ()) -> list[LoggedEvent]:
+    def read(
+        self, after: int, limit: int, topics: Sequence[str] = (), *, without: Sequence[str] = ()
+    ) -> list[LoggedEvent]:
         of_topics = f"AND topic IN ({','.join('?' * len(topics))}) " if topics else ""
+        of_topics += f"AND topic NOT IN ({','.join('?' * len(without))}) " if without else ""
         with self.datastore.reading() as cursor:
             cursor.execute(
                 "SELECT position, originator_id, originator_version, topic, state "
                 f"FROM stored_events WHERE position > ? {of_topics}ORDER BY position LIMIT ?",
-                (after, *topics, limit),
+                (after, *topics, *without, limit),
             )
             return [
                 LoggedEvent(position, _uuid(aggregate_id), version, topic, state)

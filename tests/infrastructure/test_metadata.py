@@ -9,7 +9,7 @@ import pytest
 
 from leftfold.application import Overloaded, described
 from leftfold.application.items import ItemHistory
-from leftfold.domain import Err, Metadata
+from leftfold.domain import Err, InvalidMetadataError, Metadata
 from leftfold.infrastructure import Settings
 from leftfold.infrastructure.items import open_items
 
@@ -72,6 +72,42 @@ async def test_tasks_at_the_same_time_keep_their_own(shop, register):
     skus = [f"S{n}" for n in range(10)]
     await asyncio.gather(*map(registers, skus))
     assert [(await last_of(shop, sku)).user for sku in skus] == skus
+
+
+@pytest.mark.parametrize("user", [42, "\ud800", "a\0b"])
+async def test_metadata_that_could_not_be_read_again_is_refused(shop, register, user):
+    with pytest.raises(InvalidMetadataError, match="user"), described(user=user):
+        pass
+    with pytest.raises(InvalidMetadataError, match="user"):
+        await shop.commands.dispatch(register("B"), metadata=Metadata(user=user))
+    assert not (await shop.queries.dispatch(ItemHistory(sku="B"))).is_ok()
+
+
+async def test_what_those_who_went_away_left_to_be_written_takes_room_too(shared_url, register):
+    settings = Settings(store=shared_url, max_commands=5)
+    async with open_items(settings=settings) as shop:
+        may_commit = asyncio.Event()
+        access = shop._opened.access
+        genuine = access._commit
+
+        async def commit(groups):
+            await may_commit.wait()
+            return await genuine(groups)
+
+        access._commit = commit
+        refused = 0
+        for number in range(50):
+            try:
+                async with asyncio.timeout(0.001):
+                    outcome = await shop.commands.dispatch(register(f"S{number}"))
+            except TimeoutError:
+                continue
+            refused += outcome == Err(Overloaded(5))
+        assert refused
+        assert shop._opened._execution.waiting == 5
+        may_commit.set()
+        await asyncio.sleep(0.2)
+        assert (await shop.commands.dispatch(register("B"))).is_ok()
 
 
 async def test_beyond_the_limit_commands_are_refused_and_nothing_is_written(shared_url, register):

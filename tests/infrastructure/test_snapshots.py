@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import subprocess
+import sys
 from contextlib import closing
 from decimal import Decimal
 
 import pytest
 
-from leftfold.application import InvalidModelError, Model, SnapshotPolicy
+from leftfold.application import (
+    Command,
+    InvalidModelError,
+    Model,
+    Receipt,
+    Service,
+    SnapshotPolicy,
+)
 from leftfold.application.items import Items, SellStock, item_stock
 from leftfold.application.snapshots import shape_of
-from leftfold.domain import Aggregate, Created, Event
+from leftfold.domain import Aggregate, Created, DomainError, Event, Ok
 from leftfold.domain.items import Item
 from leftfold.infrastructure import Runtime, Settings
 from leftfold.infrastructure.stores import make_store
@@ -137,6 +148,94 @@ async def test_what_cannot_be_kept_does_not_spoil_the_answer(
     assert "no snapshot of Item" in caplog.text
 
 
+async def test_what_a_task_records_after_its_command_is_in_no_snapshot(shared_url, register, kept):
+    """A handler leaves a task behind, which goes on with the aggregate while it is committed."""
+    late = []
+
+    class Careless(Items):
+        def handlers(self):
+            yield from (h for h in super().handlers() if h.message_type is not SellStock)
+            yield SellStock.handled_by(self.sell_and_go_on)
+
+        async def sell_and_go_on(self, command):
+            answer = self.sell(command)
+            item = self._item(command.sku)
+
+            async def go_on():
+                while item.version < 30:
+                    item.receive(1)
+                    await asyncio.sleep(0)
+
+            late.append(asyncio.ensure_future(go_on()))
+            return answer
+
+    careless = Model((Item,), (Careless,), (item_stock,), snapshots=model(every=1).snapshots)
+    async with Runtime(careless, shared_url) as shop:
+        (await shop.commands.dispatch(register("A"))).unwrap()
+        await sells(shop, 1)
+        await asyncio.wait(late)
+    async with Runtime(model(every=1), shared_url) as shop:
+        assert await version_after_a_sale(shop) == 3
+
+
+async def test_a_snapshot_that_is_ahead_of_its_stream_is_left_aside(shared_url, register, kept):
+    async with Runtime(model(every=1), shared_url) as shop:
+        (await shop.commands.dispatch(register("A"))).unwrap()
+        await sells(shop, 2)
+    (snapshot,) = kept()
+    with closing(make_store(Settings(store=shared_url))) as store:
+        store.open((), create_tables=False)
+        store.log.keep_snapshots([snapshot._replace(version=9)])
+    async with Runtime(model(every=1), shared_url) as shop:
+        assert await version_after_a_sale(shop) == 4
+
+
+async def test_a_state_that_cannot_be_taken_or_made_again_does_not_stop_its_aggregate(
+    shared_url, caplog
+):
+    class Begun(Created, topic="test.begun"):
+        def apply(self, thing):
+            thing.weight, thing.colour = float("inf"), "red"  # JSON has no such number
+
+    class Grown(Event, topic="test.grown"):
+        def apply(self, thing):
+            thing.secret = 1
+
+    class Thing(Aggregate, topic="test.thing", events=(Begun, Grown)):
+        weight: float
+        colour: str
+
+    class Grow(Command[Receipt, DomainError]):
+        """Make a thing grow."""
+
+    class Things(Service):
+        aggregates = (Thing,)
+
+        def handlers(self):
+            yield Grow.handled_by(self.grow)
+
+        def grow(self, _):
+            thing = self.repository.find(Thing, Thing.id_of("A"))
+            if thing is None:
+                thing = Thing.begin(Begun(), "A")
+            else:
+                thing.record(Grown())
+            return Ok(self.repository.save(thing))
+
+    things = Model((Thing,), (Things,), snapshots={Thing: SnapshotPolicy(every=1)})
+    for _ in range(3):
+        async with Runtime(things, shared_url) as shop:
+            (await shop.commands.dispatch(Grow())).unwrap()
+    assert "no snapshot of Thing" in caplog.text
+
+
+async def test_keeping_a_snapshot_is_in_no_commands_way(shared_url, register):
+    settings = Settings(store=shared_url, max_commands=1)
+    async with Runtime(model(every=1), settings=settings) as shop:
+        (await shop.commands.dispatch(register("A", 100))).unwrap()
+        await sells(shop, 20)
+
+
 def test_the_shape_changes_with_attributes_events_and_what_they_do():
     def shape(annotation=int, fact=int, step=1, version=1):
         class Begun(Created, topic="test.begun"):
@@ -160,6 +259,60 @@ def test_the_shape_changes_with_attributes_events_and_what_they_do():
     others = {shape(annotation=str), shape(fact=str), shape(step=2), shape(version=2)}
     assert len(others) == 4
     assert same not in others
+
+
+def test_the_shape_changes_with_defaults_upcasters_and_what_a_function_holds():
+    def shape(default=1, step=1, held=1, argument=1):
+        def upcast_v1_v2(state):
+            return {**state, "size": step}
+
+        def apply(self, thing, by=argument):
+            thing.size = self.size + held + by
+
+        class Begun(Created, topic="test.begun"):
+            size: int = default
+            class_version = 2
+
+        Begun.apply, Begun.upcast_v1_v2 = apply, staticmethod(upcast_v1_v2)
+
+        class Thing(Aggregate, topic="test.thing", events=(Begun,)):
+            size: int
+
+        return shape_of(Thing)
+
+    same = shape()
+    assert shape() == same
+    others = {shape(default=2), shape(held=2), shape(argument=2)}
+    assert len(others) == 3
+    assert same not in others
+
+
+COLOURS = """
+from typing import Annotated
+from pydantic import AfterValidator
+from leftfold.application.snapshots import shape_of
+from leftfold.domain import Aggregate, Created
+
+class Begun(Created, topic="test.begun"):
+    size: Annotated[int, AfterValidator(lambda size: size)]
+    def apply(self, thing):
+        thing.is_bright = self.topic in {"red", "green", "blue", "white", "yellow"}
+
+class Thing(Aggregate, topic="test.thing", events=(Begun,)):
+    is_bright: bool
+
+print(shape_of(Thing))
+"""
+
+
+def test_all_processes_see_the_same_shape():
+    shapes = {
+        subprocess.check_output(
+            [sys.executable, "-c", COLOURS], env={**os.environ, "PYTHONHASHSEED": seed}
+        )
+        for seed in ("1", "2", "3")
+    }
+    assert len(shapes) == 1
 
 
 @pytest.mark.parametrize("policy", [{}, {"every": 0}, {"seconds": -1.0}])

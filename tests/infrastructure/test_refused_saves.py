@@ -1,0 +1,76 @@
+"""What a database does not take is refused to the one who wanted it, and to nobody else."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from contextlib import closing
+
+import psycopg
+import pytest
+
+from leftfold.application import Unstorable
+from leftfold.application.items import ItemHistory
+from leftfold.domain import Err
+from leftfold.infrastructure import CircuitState
+from leftfold.infrastructure.items import open_items
+from leftfold.infrastructure.stores.postgres import PostgresStore
+
+pytestmark = pytest.mark.anyio
+
+NO_SPOONS = {
+    "sqlite": """
+        CREATE TRIGGER no_spoons BEFORE INSERT ON stored_events
+        WHEN instr(CAST(NEW.state AS TEXT), '"Spoon"') BEGIN
+            SELECT RAISE(ABORT, 'no spoons here');
+        END""",
+    "postgresql": """
+        CREATE FUNCTION no_spoons() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            IF convert_from(NEW.state, 'UTF8') LIKE '%"Spoon"%' THEN
+                RAISE check_violation USING MESSAGE = 'no spoons here';
+            END IF;
+            RETURN NEW;
+        END $$;
+        CREATE TRIGGER no_spoons BEFORE INSERT ON stored_events
+        FOR EACH ROW EXECUTE FUNCTION no_spoons()""",
+}
+
+
+def forbid_spoons(url):
+    if url.startswith("sqlite"):
+        with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection:
+            connection.executescript(NO_SPOONS["sqlite"])
+    else:
+        with psycopg.connect(url) as connection:
+            connection.execute(NO_SPOONS["postgresql"])
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+async def test_a_refused_save_fails_alone(shared_url, register, monkeypatch, in_thread):
+    if in_thread:
+        monkeypatch.setattr(PostgresStore, "committing", lambda _: None)
+    async with open_items(shared_url) as shop:
+        forbid_spoons(shared_url)
+        skus = [f"S{n}" for n in range(30)]
+        commands = [
+            register(sku).model_copy(update={"name": "Spoon"} if sku in {"S7", "S20"} else {})
+            for sku in skus
+        ]
+        outcomes = await asyncio.gather(*map(shop.commands.dispatch, commands))
+        refused = [sku for sku, o in zip(skus, outcomes, strict=True) if not o.is_ok()]
+        assert refused == ["S7", "S20"]
+        error = outcomes[7].error
+        assert isinstance(error, Unstorable)
+        assert "Spoon" not in str(error)
+        assert not (await shop.queries.dispatch(ItemHistory(sku="S7"))).is_ok()
+
+
+async def test_to_be_refused_is_no_outage(shared_url, register):
+    async with open_items(shared_url) as shop:
+        forbid_spoons(shared_url)
+        spoon = register("S").model_copy(update={"name": "Spoon"})
+        for _ in range(20):
+            assert isinstance((await shop.commands.dispatch(spoon)).error, Unstorable)
+        assert shop._opened.access.breaker.state is CircuitState.CLOSED
+        assert shop.health().parts[0].counters["failures"] == 0
+        assert isinstance(await shop.commands.dispatch(spoon), Err)
