@@ -25,7 +25,6 @@ class Metadata:
     user: str = ""
     """Names who wanted it; not personal data: this is never encrypted and never erased."""
 
-
     def check(self) -> Metadata:
         """Return it. Raises `InvalidMetadataError` if it could not be stored and read again."""
         for name in self.__slots__:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from threading import Thread
-from time import sleep
+from time import monotonic, sleep
 from uuid import UUID, uuid4
 
 import pytest
@@ -217,6 +217,15 @@ class LogContract:
         assert [type(v) for v in verdicts] == [Committed, Stale]
         assert [e.state for e in log.streams([A])[A]] == [b"1"]
 
+    def test_one_repetition_among_many_groups_costs_little(self, log):
+        groups = [[save(event(uuid4(), 1))] for _ in range(1_000)]
+        begun = monotonic()
+        verdicts = commit(log, [*groups, groups[500]])
+        assert monotonic() - begun < 3
+        kinds = [type(verdict) for verdict in verdicts]
+        assert kinds[:-1] == [Committed] * 1_000
+        assert kinds[-1] in {Repeated, Stale}
+
     def test_a_refused_group_fails_alone(self, log):
         known = save(event(A, 1))
         commit(log, [[known]])
@@ -300,6 +309,13 @@ class LogContract:
         assert [e.version for e in log.read(0, 2, ["sold"])] == [1, 3]
         assert [e.version for e in log.read(0, 9, ["renamed", "received"])] == [2, 4]
         assert log.read(0, 9, ["nothing"]) == []
+
+    def test_events_of_some_topics_can_be_left_out(self, log):
+        topics = ["sold", "lost", "received", "sold"]
+        commit(log, [[save(*(event(A, n, t) for n, t in enumerate(topics, 1)))]])
+        found = [e.topic for e in log.read(0, 10, without=["sold", "absent"])]
+        assert found == ["lost", "received"]
+        assert [e.topic for e in log.read(0, 10, ["sold", "lost"], without=["sold"])] == ["lost"]
 
     def test_the_head_is_the_last_position(self, log):
         commit(log, [[save(event(A, 1))], [save(event(A, 2))]])

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from leftfold.application import Projection, Receipt, ViewBehind
+from leftfold.application import Projection, Receipt, ViewBehind, ViewStopped
 from leftfold.application.items import (
     FindItems,
     GetItem,
@@ -26,6 +26,7 @@ from leftfold.application.items import (
     item_model,
     item_stock,
 )
+from leftfold.application.ports import EncodedEvent, Group, Save
 from leftfold.domain import DomainError, Err, attr
 from leftfold.domain.items import ItemRegistered, ItemRenamed, StockReceived, StockSold
 from leftfold.infrastructure import Runtime, Settings
@@ -311,6 +312,25 @@ async def test_a_page_that_comes_too_late_is_folded_again_from_the_new_rows(
         (await shop.wait_for(receipt)).unwrap()
         row = (await shop.queries.dispatch(GetItem(sku="A"))).unwrap()
         assert (raced, row.units_sold, late.failure) == ([True], 2, None)
+
+
+async def test_a_view_stops_before_an_event_that_the_model_does_not_know(store_url, register, sell):
+    """Such an event may have been meant for it: to pass it over would make the view false."""
+    only_sales = Projection("only_sales", version=1, row=Flow, key=lambda event: event.country)
+    only_sales.on(StockSold)(lambda row, event: row or Flow(event.country, 0, 0))
+    async with opened(store_url, only_sales) as shop:
+        (await shop.commands.dispatch(register("A", 9))).unwrap()
+        (await shop.catch_up()).unwrap()
+        stored = shop._store.log.read(0, 1)[0]
+        unknown = EncodedEvent(uuid4(), 1, "of.another.release", stored.state)
+        save = Save(uuid4(), "Other", [unknown], ((unknown.aggregate_id, 1),), None)
+        shop._store.log.commit([Group([save])])
+        (await shop.commands.dispatch(sell("A"))).unwrap()
+        behind = (await shop.catch_up(2)).error
+        assert isinstance(behind, ViewStopped)
+        assert "of.another.release" in behind.reason
+        failures = {p.name: p.failure for p in shop.health().projections}
+        assert "of.another.release" in failures["only_sales"]
 
 
 async def test_events_of_other_kinds_move_the_checkpoint_too(store_url, register, receive):

@@ -1,0 +1,112 @@
+"""How commits to PostgreSQL are sent, and what its errors mean for them."""
+
+from __future__ import annotations
+
+import psycopg
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from leftfold.application.ports import Failed, Group
+from leftfold.infrastructure.items import open_items
+from leftfold.infrastructure.stores.postgres_arrays import (
+    bigints,
+    byteas,
+    ints,
+    read_bigints,
+    read_texts,
+    take_packed,
+    texts,
+    uuids,
+)
+from leftfold.infrastructure.stores.postgres_commits import failed
+
+LONG = st.integers(-(2**63), 2**63 - 1)
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+
+
+@pytest.mark.parametrize(
+    ("sqlstate", "in_doubt", "is_refusal"),
+    [
+        ("23514", False, True),  # a constraint
+        ("22001", False, True),  # a value too long
+        ("P0001", False, True),  # raised by a trigger
+        ("55P03", False, False),  # the lock is held by others
+        ("25006", False, False),  # read-only
+        ("40P01", False, False),  # a deadlock
+        ("40003", True, False),  # the server says that it does not know
+        ("08P01", True, False),  # a pooler whose server went away
+        ("57P01", True, False),  # a server that shuts down may say so after it has written
+        ("57P02", True, False),  # so may one whose neighbour has crashed
+    ],
+)
+def test_an_error_is_in_doubt_or_a_refusal_or_neither(sqlstate, in_doubt, is_refusal):
+    verdict = failed(psycopg.errors.lookup(sqlstate)("no"), is_sent=True)
+    assert (verdict.in_doubt, verdict.is_refusal) == (in_doubt, is_refusal)
+
+
+def test_what_was_not_sent_is_in_no_doubt():
+    assert failed(psycopg.OperationalError("lost"), is_sent=False) == Failed("lost")
+    assert failed(psycopg.OperationalError("lost"), is_sent=True) == Failed("lost", in_doubt=True)
+
+
+@pytest.fixture(scope="module")
+def connection(postgres_server):
+    with psycopg.connect(postgres_server) as connection:
+        take_packed(connection)
+        yield connection
+
+
+@pytest.mark.parametrize(
+    ("pack", "kind", "elements"),
+    [
+        (ints, "int[]", st.integers(-(2**31), 2**31 - 1)),
+        (bigints, "bigint[]", LONG),
+        (texts, "text[]", TEXT),
+        (byteas, "bytea[]", st.none() | st.binary()),
+    ],
+)
+def test_the_server_reads_packed_arrays_as_they_were(connection, pack, kind, elements):
+    @given(st.lists(elements))
+    def reads(values):
+        query = f"SELECT %b::{kind} IS NOT DISTINCT FROM %b::{kind}"
+        (is_same,) = connection.execute(query, (pack(values), values)).fetchone()
+        assert is_same
+
+    reads()
+
+
+@given(st.lists(st.uuids()))
+def test_the_server_reads_packed_ids_as_they_were(connection, ids):
+    query = "SELECT %b::uuid[] IS NOT DISTINCT FROM %b::uuid[]"
+    packed = uuids([i.int for i in ids])
+    assert connection.execute(query, (packed, ids)).fetchone() == (True,)
+
+
+@given(st.lists(LONG), st.lists(TEXT))
+def test_what_the_server_packs_is_read_as_it_was(connection, numbers, words):
+    with connection.cursor(binary=True) as cursor:
+        cursor.execute("SELECT %b::bigint[], %b::text[]", (numbers, words))
+        raw = [cursor.pgresult.get_value(0, n) for n in (0, 1)]
+    assert (list(read_bigints(raw[0])), read_texts(raw[1])) == (numbers, words)
+
+
+@pytest.mark.anyio
+async def test_to_open_a_store_that_is_in_use_waits_for_no_commit(postgres_url, register):
+    async with open_items(postgres_url) as shop:
+        (await shop.commands.dispatch(register("A"))).unwrap()
+        with psycopg.connect(postgres_url) as busy:
+            busy.execute("UPDATE leftfold_commands SET command = command")
+            busy.execute("UPDATE stored_events SET topic = topic")
+            busy.execute("UPDATE item_stock_v1 SET key = key")
+            async with open_items(postgres_url) as other:
+                assert other.health().is_healthy
+
+
+@pytest.mark.anyio
+async def test_a_store_that_was_closed_commits_no_more(postgres_url, register):
+    async with open_items(postgres_url) as shop:
+        (await shop.commands.dispatch(register("A"))).unwrap()
+        commits = shop._store._commits
+    (verdict,) = await commits.commit([Group([])])
+    assert verdict == Failed("the store is closed")
