@@ -325,8 +325,8 @@ async def test_a_view_stops_before_an_event_that_the_model_does_not_know(store_u
         unknown = EncodedEvent(uuid4(), 1, "of.another.release", stored.state)
         save = Save(uuid4(), "Other", [unknown], ((unknown.aggregate_id, 1),), None)
         shop._store.log.commit([Group([save])])
-        (await shop.commands.dispatch(sell("A"))).unwrap()
-        behind = (await shop.catch_up(2)).error
+        sold = (await shop.commands.dispatch(sell("A"))).unwrap()
+        behind = (await shop.wait_for(sold, ["only_sales"])).error
         assert isinstance(behind, ViewStopped)
         assert "of.another.release" in behind.reason
         failures = {p.name: p.failure for p in shop.health().projections}
