@@ -126,7 +126,7 @@ class Event(BaseModel, CanMutateAggregate[UUID]):
 
         Raises `OriginatorIDError` or `OriginatorVersionError` for another's event or a gap.
         """
-        target = cast("Aggregate", aggregate)  # the library types it by its own base class
+        target: Any = aggregate  # the library types it by its own base class
         whose = self.originator_id
         if whose is not target._id and whose != target._id:  # the first is quicker, and usual
             raise OriginatorIDError(whose, target._id)
@@ -135,7 +135,8 @@ class Event(BaseModel, CanMutateAggregate[UUID]):
         self.apply(target)
         target._version = self.originator_version
         target._modified_on = self.timestamp
-        return cast("TAggregate", target)
+        made: TAggregate = target
+        return made
 
 
 class Created(Event, CanInitAggregate[UUID]):  # pyright: ignore[reportIncompatibleMethodOverride]  # see Event.apply
