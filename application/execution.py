@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cache, partial
@@ -26,6 +25,7 @@ from leftfold.application.errors import (
     UnsavedEventsError,
     Unstorable,
 )
+from leftfold.application.loading import Behind, Loading
 from leftfold.application.mapper import EventMapper, KeysWanted
 from leftfold.application.memory import Hand, Memory
 from leftfold.application.messages import Command
@@ -41,11 +41,10 @@ from leftfold.application.ports import (
     Repeated,
     Save,
     Stale,
-    StoredSnapshot,
 )
 from leftfold.application.receipt import Receipt
 from leftfold.application.service import Believed, NotInMemory, Unit, current_unit
-from leftfold.application.snapshots import SnapshotPolicy, shape_of
+from leftfold.application.snapshots import SnapshotPolicy
 from leftfold.application.writer import Writer
 from leftfold.domain import (
     Aggregate,
@@ -56,7 +55,6 @@ from leftfold.domain import (
     Ok,
     clock,
     metadata,
-    project,
 )
 from leftfold.domain.metadata import NO_METADATA
 from leftfold.domain.personal import Keys, Sealing
@@ -64,10 +62,7 @@ from leftfold.domain.personal import Keys, Sealing
 UNSEALED = EncodedEvent(UUID(int=0), 0, "", b"")
 """Keeps the place of an event that waits for its subject's key."""
 
-_log = logging.getLogger("leftfold.execution")
-
 Wanted = dict[UUID, type[Aggregate]]
-Behind = dict[UUID, tuple[type[Aggregate], Aggregate | None]]
 Known = Mapping[UUID, RecordedCommand]
 Answers = list[Any] | Err[Any]
 """Of all parts, or the first refusal."""
@@ -123,8 +118,7 @@ class Execution:
         self._read = access.read
         self._memory = Memory(memory)
         self._writer = Writer(log, platform, access, committed)
-        self._policies = snapshots or {}
-        self._keeping = 0  # snapshots being kept, in batches
+        self._loading = Loading(log, mapper, platform, access, snapshots or {})
 
     async def __call__(self, dispatch: Dispatch[Any]) -> Outcome:
         """Carry out one command, or a batch."""
@@ -151,8 +145,7 @@ class Execution:
     async def drain(self) -> None:
         """Wait until all that was begun is written, also what nobody waits for any more."""
         await self._writer.drain()
-        while self._keeping:
-            await self._platform.sleep(0.005)
+        await self._loading.drain()
 
     async def _carry_out(self, parts: Sequence[Dispatch[Any]], known: Known) -> Answers:
         wanted: Wanted = {}
@@ -275,92 +268,8 @@ class Execution:
             if not is_current:
                 absent[aggregate_id] = wanted[aggregate_id], aggregate
         if absent:
-            loaded, due = await self._read(self._load, absent)
-            for aggregate_id, aggregate in loaded.items():
+            for aggregate_id, aggregate in (await self._loading.load(absent)).items():
                 unit.hands[aggregate_id] = Hand(aggregate, is_loaded=True)
-            self._keep_soon(due)
-
-    def _load(self, behind: Behind) -> tuple[dict[UUID, Aggregate | None], list[Aggregate]]:
-        """Read aggregates; return also those whose state is worth being kept."""
-        begun = self._platform.monotonic()
-        known = {i: aggregate for i, (_, aggregate) in behind.items() if aggregate is not None}
-        known |= self._kept({i: kind for i, (kind, _) in behind.items() if i not in known})
-        # From the last event that each has seen: a store that was set back may have another there.
-        streams = self._log.streams(list(behind), {i: a.version - 1 for i, a in known.items()})
-        loaded: dict[UUID, Aggregate | None] = {}
-        due: list[Aggregate] = []
-        for aggregate_id, (kind, _) in behind.items():
-            events = self._mapper.decode_all(streams.get(aggregate_id, ()))
-            before = known.get(aggregate_id)
-            if before is not None and not _has_seen(before, events):
-                before = None
-                events = self._mapper.decode_all(self._log.streams([aggregate_id])[aggregate_id])
-            if before is not None:
-                del events[0]
-            aggregate = loaded[aggregate_id] = project(before, events)
-            policy = self._policies.get(kind)
-            if aggregate is not None and policy is not None:
-                took = (self._platform.monotonic() - begun) / len(behind)
-                if policy.is_due_after(len(events), took):
-                    due.append(aggregate)
-        return loaded, due
-
-    def _kept(self, absent: Wanted) -> dict[UUID, Aggregate]:
-        """Return the aggregates of these that there are snapshots of."""
-        wanted = [i for i, kind in absent.items() if kind in self._policies]
-        kept: dict[UUID, Aggregate] = {}
-        for snapshot in self._log.snapshots(wanted) if wanted else ():
-            kind = absent[snapshot.aggregate_id]
-            if snapshot.shape == shape_of(kind):
-                topic = kind.Snapshot.TOPIC  # type: ignore[attr-defined]  # the library types it by its own dataclass
-                stored = EncodedEvent(
-                    snapshot.aggregate_id, snapshot.version, topic, snapshot.state
-                )
-                try:
-                    kept[snapshot.aggregate_id] = self._mapper.decode(*stored).mutate(None)
-                except (PersistenceError, DispatchError):  # the keys are away
-                    raise
-                except Exception as error:  # noqa: BLE001 - its stream is whole all the same
-                    _log.warning("a snapshot of %s is left aside: %s", kind.__name__, error)
-        return kept
-
-    def _keep_due(self, unit: Unit) -> None:
-        """Keep the aggregates that a commit has made grow enough."""
-        due: list[Aggregate] = []
-        for hand in unit.hands.values():
-            aggregate = hand.after()  # as it was written, if nobody went on with it
-            policy = self._policies.get(type(aggregate)) if aggregate is not None else None
-            if aggregate is None or policy is None:
-                continue
-            if policy.is_due_at(hand.version, aggregate.version):
-                due.append(aggregate)
-        self._keep_soon(due)
-
-    def _keep_soon(self, due: Sequence[Aggregate]) -> None:
-        """Keep the state of aggregates, as it is now, beside the commands."""
-        snapshots: list[StoredSnapshot] = []
-        for aggregate in due:
-            kind = type(aggregate)
-            try:
-                taken: Any = aggregate.Snapshot.take(aggregate)  # typed by the library
-                state = self._mapper.encode(taken).state
-            except Exception:  # noqa: BLE001 - what was committed is answered all the same
-                _log.exception("no snapshot of %s %s", kind.__name__, aggregate.id)
-            else:
-                snapshots.append(
-                    StoredSnapshot(aggregate.id, aggregate.version, shape_of(kind), state)
-                )
-        if snapshots:
-            self._keeping += 1
-            self._platform.spawn(self._keep(snapshots))
-
-    async def _keep(self, snapshots: Sequence[StoredSnapshot]) -> None:
-        try:
-            await self._read(self._log.keep_snapshots, snapshots)
-        except (EventStoreUnavailable, PersistenceError) as error:
-            _log.warning("snapshots are not kept: %s", error)
-        finally:
-            self._keeping -= 1
 
     async def _saves(self, staged: Sequence[_Staged]) -> list[Save]:
         """Encode what is to be written; subjects without a key get one before."""
@@ -416,8 +325,7 @@ class Execution:
         match verdict:
             case Committed(positions):
                 unit.believed = Believed.AFTER
-                if self._policies:
-                    self._keep_due(unit)
+                self._loading.keep_due(unit.hands.values())
                 _complete(staged, positions)
                 return values
             case Stale() | Repeated():
@@ -486,15 +394,6 @@ def _complete(staged: Sequence[_Staged], positions: Sequence[int]) -> None:
 
 def _same(moment: datetime) -> datetime:
     return moment
-
-
-def _has_seen(aggregate: Aggregate, events: Sequence[Event]) -> bool:
-    """Tell whether the first of these events is the last that an aggregate has seen."""
-    if not events:
-        return False
-    first = events[0]
-    at = first.originator_version, first.timestamp
-    return at == (aggregate.version, aggregate.modified_on)
 
 
 def _missing(error: BaseException) -> Wanted:
