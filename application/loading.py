@@ -1,4 +1,4 @@
-"""Reading aggregates: from memory, a snapshot or the beginning on, and keeping snapshots of them."""
+"""Reading aggregates: from what is known of them, or from the beginning; keeping snapshots."""
 
 from __future__ import annotations
 
