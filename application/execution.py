@@ -21,6 +21,7 @@ from leftfold.application.errors import (
     DispatchError,
     EventStoreUnavailable,
     InvalidAnswerError,
+    KeysUnavailable,
     NestedDispatchError,
     OutcomeUnknown,
     Overloaded,
@@ -60,10 +61,12 @@ from leftfold.domain import (
     project,
 )
 from leftfold.domain.metadata import NO_METADATA
-from leftfold.domain.personal import Keys, Sealing
+from leftfold.domain.personal import UNSEALED, Keys, TokensOnly
 
-UNSEALED = EncodedEvent(UUID(int=0), 0, "", b"")
+WAITING = EncodedEvent(UUID(int=0), 0, "", b"")
 """Keeps the place of an event that waits for its subject's key."""
+SEALINGS = 3
+"""Times that keys are asked for; each subject could be forgotten between two of them."""
 
 _log = logging.getLogger("leftfold.execution")
 
@@ -148,7 +151,7 @@ class Execution:
                 return Ok(answers) if isinstance(answers, list) else answers
             answers = await self._carry_out((dispatch,), {})
             return Ok(answers[0]) if isinstance(answers, list) else answers
-        except EventStoreUnavailable as error:  # for a read: commits have their verdicts
+        except (EventStoreUnavailable, KeysUnavailable) as error:  # commits have their verdicts
             return Err(error)
         except PersistenceError as error:
             return Err(EventStoreUnavailable(str(error)))
@@ -355,7 +358,10 @@ class Execution:
             self._idle.set_result(None)
 
     async def _saves(self, staged: Sequence[_Staged]) -> list[Save]:
-        """Encode what is to be written; subjects without a key get one before."""
+        """Encode what is to be written; subjects without a key get one before.
+
+        Raises what `EventMapper.encode` does, but `KeysWanted`.
+        """
         encode = self._mapper.encode
         encoded: list[list[EncodedEvent]] = []
         waiting: list[tuple[list[EncodedEvent], int, Event]] = []
@@ -367,8 +373,10 @@ class Execution:
                     events.append(encode(event))
                 except KeysWanted:
                     waiting.append((events, len(events), event))
-                    events.append(UNSEALED)
-        while waiting:
+                    events.append(WAITING)
+        for _ in range(SEALINGS):
+            if not waiting:
+                break
             subjects = {str(event.subject) for _, _, event in waiting}
             await self._platform.in_thread(self._provide, subjects)
             still_waiting = []
@@ -378,6 +386,8 @@ class Execution:
                 except KeysWanted:  # forgotten in this moment: it gets another key
                     still_waiting.append((events, at, event))
             waiting = still_waiting
+        if waiting:
+            raise KeysUnavailable("they are forgotten as soon as they are made")
         saves: list[Save] = []
         for (part, value, _, versions), events in zip(staged, encoded, strict=True):
             is_receipt = isinstance(value, Receipt)
@@ -397,7 +407,11 @@ class Execution:
         staged: Sequence[_Staged],
         known: Known,
     ) -> Answers:
-        saves = await self._saves(staged)
+        try:
+            saves = await self._saves(staged)
+        except (DomainError, DispatchError) as refusal:
+            await self._confirm(unit, parts, known)
+            return Err(refusal)
         unit.seal()
         verdict = await self._writer.write(saves)
         match verdict:
@@ -417,16 +431,23 @@ class Execution:
                 return Err(EventStoreUnavailable(reason))
             case Failed():
                 unit.believed = Believed.BEHIND
-                try:
-                    done, is_ours = await self._read(self._settle, saves)
-                except Exception:  # noqa: BLE001 - the store is failing; what counts is the doubt
-                    done, is_ours = {}, False
-                if len(done) < len(saves):
+                written = await self._positions_of(saves, known)
+                if written is None:
                     return Err(OutcomeUnknown(parts[0].command_id))
-                if not is_ours:  # another attempt at the same commands was first
-                    raise _Again({**known, **done})
-                _complete(staged, [done[save.command_id].position for save in saves])
+                _complete(staged, written)
                 return values
+
+    async def _positions_of(self, saves: Sequence[Save], known: Known) -> list[int] | None:
+        """Return where saves in doubt were written; None if that is not known."""
+        try:
+            done, is_ours = await self._read(self._settle, saves)
+        except Exception:  # noqa: BLE001 - the store is failing; what counts is the doubt
+            return None
+        if len(done) < len(saves):
+            return None
+        if not is_ours:  # another attempt at the same commands was first
+            raise _Again({**known, **done})
+        return [done[save.command_id].position for save in saves]
 
     def _settle(self, saves: Sequence[Save]) -> tuple[Known, bool]:
         """Look up what became of saves in doubt; tell also whether it is they that were written.
@@ -474,14 +495,15 @@ def _missing(error: BaseException) -> Wanted:
 def _dump_answer(part: Dispatch[Any], value: object, keys: Keys | None) -> bytes:
     """Return an answer as JSON. Raises `InvalidAnswerError` if it could not be given again."""
     adapter = _answer_type(part)
-    sealing = None if keys is None else Sealing(lambda: None)
-    document = adapter.dump_json(value, context=sealing)
+    tokens = None if keys is None else TokensOnly()
+    # Without warnings: they quote the value.
+    document = adapter.dump_json(value, warnings="none", context=tokens)
     try:
         is_the_same = adapter.validate_json(document, context=keys) == value
     except ValidationError:
         is_the_same = False
-    if sealing is not None and sealing.is_key_wanted:
-        raise InvalidAnswerError(part.name, "personal data that no event holds")
+    if tokens is not None and tokens.found_unsealed:
+        raise InvalidAnswerError(part.name, UNSEALED)
     if not is_the_same:
         raise InvalidAnswerError(part.name, f"{type(value).__name__} that JSON does not keep")
     return document
