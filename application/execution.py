@@ -389,9 +389,9 @@ class Execution:
         if waiting:
             raise KeysUnavailable("they are forgotten as soon as they are made")
         saves: list[Save] = []
-        for (part, value, _, versions), events in zip(staged, encoded, strict=True):
+        for (part, value, recorded, versions), events in zip(staged, encoded, strict=True):
             is_receipt = isinstance(value, Receipt)
-            answer = None if is_receipt else _dump_answer(part, value, self._mapper.keys)
+            answer = None if is_receipt else _dump_answer(part, value, self._mapper.keys, recorded)
             saves.append(Save(part.command_id, part.name, events, tuple(versions.items()), answer))
         return saves
 
@@ -492,16 +492,23 @@ def _missing(error: BaseException) -> Wanted:
     return missing
 
 
-def _dump_answer(part: Dispatch[Any], value: object, keys: Keys | None) -> bytes:
-    """Return an answer as JSON. Raises `InvalidAnswerError` if it could not be given again."""
+def _dump_answer(
+    part: Dispatch[Any], value: object, keys: Keys | None, recorded: Sequence[Event]
+) -> bytes:
+    """Return an answer as JSON, beside the events that were recorded with it.
+
+    Raises `InvalidAnswerError` if it could not be given again.
+    """
     adapter = _answer_type(part)
-    tokens = None if keys is None else TokensOnly()
+    tokens = None if keys is None else TokensOnly(keys, recorded)
     # Without warnings: they quote the value.
     document = adapter.dump_json(value, warnings="none", context=tokens)
     try:
         is_the_same = adapter.validate_json(document, context=keys) == value
     except ValidationError:
         is_the_same = False
+    if tokens is not None and tokens.error is not None:
+        raise tokens.error
     if tokens is not None and tokens.found_unsealed:
         raise InvalidAnswerError(part.name, UNSEALED)
     if not is_the_same:

@@ -112,7 +112,8 @@ class Personal(Generic[T_co]):
         """Return what a text in a column stands for; `kind` is the value's type."""
         if text.startswith(MARK):
             return _holding(_Sealed(text, keys.find(text[len(MARK) : BODY]), kind))
-        return _holding(_Clear(_adapter(kind).validate_json(text), is_stored=True))
+        value = _adapter(kind).validate_json(text)
+        return _holding(_Clear(value, is_copy=True, is_stored=True))
 
     def reveal(self) -> T_co:
         """Return the value. Raises `PersonalDataErased`."""
@@ -195,10 +196,10 @@ class Personal(Generic[T_co]):
                 return value if isinstance(held, _Sealed) else _holding(held.fit(kind, validate))
             keys = info.context
             if not isinstance(keys, Keys):
-                return _holding(_Clear(validate(value)))
+                return _holding(_Clear(validate(value), is_copy=True))
             if type(value) is str and value.startswith(MARK):
                 return _holding(_Sealed(value, keys.find(value[len(MARK) : BODY]), kind))
-            return _holding(_Clear(validate(value), is_stored=True))
+            return _holding(_Clear(validate(value), is_copy=True, is_stored=True))
 
         def dump(personal: Personal[Any], info: core_schema.SerializationInfo) -> Any:
             if isinstance(info.context, Writing):
@@ -218,34 +219,35 @@ class _Clear:
     So many lines of one invoice cost one check and one sealing.
     """
 
-    __slots__ = ("_fitting", "_sealed", "is_stored", "value")
+    __slots__ = ("_fitting", "is_copy", "is_stored", "sealed", "value")
 
-    def __init__(self, value: Any, *, is_stored: bool = False) -> None:
+    def __init__(self, value: Any, *, is_copy: bool = False, is_stored: bool = False) -> None:
         self.value = value
+        self.is_copy = is_copy
+        """It was validated: who holds it may hold it sealed. Else it is the program's own."""
         self.is_stored = is_stored
         """It was read from where it lies in the clear: from before there were keys."""
         self._fitting: tuple[Any, _Clear] | None = None
-        self._sealed: _Sealed | None = None
+        self.sealed: _Sealed | None = None
+        """What it was sealed as last."""
 
     def fit(self, kind: Any, validate: Callable[[Any], Any]) -> _Clear:
         """Return the value as one of a type. Raises pydantic's `ValidationError`."""
         fitting = self._fitting
         if fitting is None or fitting[0] is not kind:
             value = validate(self.value)
-            if value is self.value:
-                fitting = kind, self
-            else:
-                fitting = kind, _Clear(value, is_stored=self.is_stored)
-            self._fitting = fitting
+            is_same = self.is_copy and value is self.value
+            copy = self if is_same else _Clear(value, is_copy=True, is_stored=self.is_stored)
+            fitting = self._fitting = kind, copy
         return fitting[1]
 
     def seal(self, key: Key, kind: Any) -> _Sealed:
         """Return the value sealed under a key."""
-        sealed = self._sealed
+        sealed = self.sealed
         if sealed is None or sealed.key is not key or sealed.kind is not kind:
             plain = _adapter(kind).dump_json(self.value, warnings="none")
             token = f"{MARK}{key.id}{b64encode(key.encrypt(plain)).decode()}"
-            sealed = self._sealed = _Sealed(token, key, kind)
+            sealed = self.sealed = _Sealed(token, key, kind)
         return sealed
 
 
@@ -311,7 +313,9 @@ class SealingOf(Writing):
                 self.is_key_wanted = True
                 return ""
             if isinstance(held, _Clear):
-                held = personal._held = held.seal(key, kind)
+                is_copy, held = held.is_copy, held.seal(key, kind)
+                if is_copy:
+                    personal._held = held
             elif held.key is not key:
                 raise OtherSubjectError(self._event.TOPIC)
         except LeftfoldError as error:
@@ -328,20 +332,40 @@ class SealingOf(Writing):
 
 
 class TokensOnly(Writing):
-    """Writes what is sealed as its token, and in the clear only what lies so in the store."""
+    """Writes what is sealed as its token, and in the clear only what lies so in the store.
+
+    Copies of what some events hold are sealed as it is there.
+    """
 
     found_unsealed = False
     """There was a value that no event holds: what was written must not be used."""
+
+    def __init__(self, keys: Keys, events: Iterable[Event] = ()) -> None:
+        """Write beside events, which were sealed under these keys."""
+        self._keys = keys
+        self._events = events
 
     @override
     def write(self, personal: Personal[Any], kind: Any) -> Any:
         held = personal._held
         if isinstance(held, _Sealed):
             return held.token
+        sealed = held.sealed
+        if sealed is not None and self._is_of_events(sealed.key):
+            if held.is_copy:
+                personal._held = sealed
+            return sealed.token
         if held.is_stored:
             return held.value
         self.found_unsealed = True
         return ""
+
+    def _is_of_events(self, key: Key) -> bool:
+        try:
+            return any(self._keys.of(event.subject or "") is key for event in self._events)
+        except LeftfoldError as error:
+            self.error = error
+            return False
 
 
 class Noticing(Writing):

@@ -20,6 +20,7 @@ from uuid import uuid4
 import psycopg
 import pytest
 from eventsourcing.persistence import OperationalError
+from pydantic import BaseModel
 
 from leftfold.application import (
     Command,
@@ -464,11 +465,16 @@ class Introduce(Command[Receipt, DomainError]):
     name: Personal[str]
 
 
-class Repeat(Command[Personal[str], DomainError]):
-    """Answer the command's own value, which no event holds."""
+class Name(BaseModel):
+    name: Personal[str]
+
+
+class Tell(Command[Name, DomainError]):
+    """Begin a guest, and answer its name, or one that no event holds."""
 
     key: str
     name: Personal[str]
+    is_made_up: bool = False
 
 
 class Copying(Service):
@@ -477,7 +483,7 @@ class Copying(Service):
     def handlers(self):
         yield Copy.handled_by(self.copy)
         yield Introduce.handled_by(self.introduce)
-        yield Repeat.handled_by(self.repeat)
+        yield Tell.handled_by(self.tell)
 
     def copy(self, command: Copy) -> Result[Receipt, DomainError]:
         name = self.repository.load(Guest, Guest.id_of(command.of)).name
@@ -488,9 +494,10 @@ class Copying(Service):
     def introduce(self, command: Introduce) -> Result[Receipt, DomainError]:
         return Ok(self.repository.save(begun("p", command.name), begun("q", command.name)))
 
-    def repeat(self, command: Repeat) -> Result[Personal[str], DomainError]:
-        self.repository.save(begun(command.key, command.name))
-        return Ok(command.name)
+    def tell(self, command: Tell) -> Result[Name, DomainError]:
+        guest = begun(command.key, command.name)
+        self.repository.save(guest)
+        return Ok(Name(name="Lovelace" if command.is_made_up else guest.name))
 
 
 def begun(key, name):
@@ -572,7 +579,15 @@ async def test_what_is_sealed_in_another_store_is_refused():
 async def test_an_answer_of_what_no_event_holds_is_an_error_in_the_program():
     async with Runtime(copying, store="memory:") as runtime:
         with pytest.raises(InvalidAnswerError, match="no event holds"):
-            await runtime.commands.dispatch(Repeat(key="a", name="Ada"))
+            await runtime.commands.dispatch(Tell(key="a", name="Ada", is_made_up=True))
+
+
+async def test_an_answer_may_be_made_of_what_is_recorded_with_it():
+    async with Runtime(copying, store="memory:") as runtime:
+        answer = (await runtime.commands.dispatch(Tell(key="a", name=Personal("Ada")))).unwrap()
+        assert answer.name.reveal() == "Ada"
+        await runtime.forget(SUBJECT)
+        assert answer.name.is_erased
 
 
 async def test_commands_and_queries_answer_that_the_keys_are_away(shared_url, monkeypatch):
