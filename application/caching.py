@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
@@ -13,7 +13,7 @@ from leftfold.application.messages import Query
 from leftfold.application.reading import ReadAt, current_read
 from leftfold.domain import Err, LeftfoldError, Ok
 from leftfold.domain.clock import now
-from leftfold.domain.personal import noting
+from leftfold.domain.personal import Noticing, Personal, note, noting
 
 T = TypeVar("T")
 Q = TypeVar("Q", bound=Query[Any, Any])
@@ -24,6 +24,10 @@ class InvalidCacheArgumentError(LeftfoldError, message="{name} of a cache: {reas
 
     name: str
     reason: str
+
+
+class PersonalNotKeptError(InvalidCacheArgumentError):
+    """A value with personal data, for a cache outside the process: where it could not be erased."""
 
 
 class NotKept(Exception):
@@ -150,7 +154,8 @@ def cached(
     """Answer queries of a type from a cache, which is one of what they answer.
 
     An answer is kept for `ttl` seconds under its `key` (by default the query's name and fields),
-    with `tags`; refusals are not kept. It is kept with the position in the log that it was read
+    with `tags`; refusals are not kept. A query with personal data needs a `key` that shows none:
+    without one its answers are not kept. It is kept with the position in the log that it was read
     at, so that `after=receipt` holds: an older one is not served. While the event store cannot be
     reached the cache may answer with one that has expired. What reveals personal data is not kept.
     """
@@ -158,6 +163,9 @@ def cached(
     async def around(dispatch: Dispatch[Any], call_next: Step) -> Outcome:
         query = dispatch.message
         if type(query) is not query_type:
+            return await call_next(dispatch)
+        name = _default_key(query) if key is None else key(query)
+        if name is None:
             return await call_next(dispatch)
 
         async def load() -> Loaded[Any]:
@@ -169,7 +177,7 @@ def cached(
             finally:
                 current_read.reset(token)
             if revealed:  # it could be forgotten, and a cache would not know
-                raise _Refused(outcome)
+                raise _Refused(outcome, revealed)
             if isinstance(outcome, Err):
                 failed = isinstance(outcome.error, EventStoreUnavailable)
                 raise (_Failed if failed else _Refused)(outcome)
@@ -177,29 +185,35 @@ def cached(
 
         try:
             value = await cache.get_or_load(
-                _default_key(query) if key is None else key(query),
+                name,
                 load,
                 ttl,
                 tags=() if tags is None else tags(query),
                 after=dispatch.after.position if dispatch.after is not None else 0,
             )
-        except (_Failed, _Refused) as error:
+        except _Refused as error:
+            note(error.revealed)  # for a cache around this one: the load may be another's
+            return error.outcome
+        except _Failed as error:
             return error.outcome
         return Ok(value)
 
     return around
 
 
-def _default_key(query: Query[Any, Any]) -> str:
-    return f"{type(query).__name__}:{query.model_dump_json()}"
+def _default_key(query: Query[Any, Any]) -> str | None:
+    noticing = Noticing()
+    fields = query.model_dump_json(context=noticing)
+    return None if noticing.has_met_some else f"{type(query).__name__}:{fields}"
 
 
 class _Refused(NotKept):
-    """A refusal: the answer, which is not to be kept."""
+    """A refusal, or what reveals something: the answer, which is not to be kept."""
 
-    def __init__(self, outcome: Outcome) -> None:
+    def __init__(self, outcome: Outcome, revealed: Sequence[Personal[Any]] = ()) -> None:
         super().__init__()
         self.outcome = outcome
+        self.revealed = revealed
 
 
 class _Failed(Exception):

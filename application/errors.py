@@ -145,6 +145,12 @@ class KeysUnavailable(DispatchError, message="the keys cannot be reached: {reaso
     reason: str
 
 
+class InvalidSubject(DispatchError, message="nobody can be named so: the subject {reason}"):
+    """Personal data is about a subject whose name no store of keys takes; nothing was written."""
+
+    reason: str
+
+
 class NestedDispatchError(LeftfoldError, message="{name} was dispatched from within a handler"):
     """A handler dispatched a command: an error in the program, since it could wait for itself."""
 

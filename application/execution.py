@@ -20,6 +20,7 @@ from leftfold.application.errors import (
     DispatchError,
     EventStoreUnavailable,
     InvalidAnswerError,
+    KeysUnavailable,
     NestedDispatchError,
     OutcomeUnknown,
     UnsavedEventsError,
@@ -57,10 +58,12 @@ from leftfold.domain import (
     metadata,
 )
 from leftfold.domain.metadata import NO_METADATA
-from leftfold.domain.personal import Keys, Sealing
+from leftfold.domain.personal import UNSEALED, Keys, TokensOnly
 
-UNSEALED = EncodedEvent(UUID(int=0), 0, "", b"")
+WAITING = EncodedEvent(UUID(int=0), 0, "", b"")
 """Keeps the place of an event that waits for its subject's key."""
+SEALINGS = 3
+"""Times that keys are asked for; each subject could be forgotten between two of them."""
 
 Wanted = dict[UUID, type[Aggregate]]
 Known = Mapping[UUID, RecordedCommand]
@@ -132,7 +135,7 @@ class Execution:
                 return Ok(answers) if isinstance(answers, list) else answers
             answers = await self._carry_out((dispatch,), {})
             return Ok(answers[0]) if isinstance(answers, list) else answers
-        except EventStoreUnavailable as error:  # for a read: commits have their verdicts
+        except (EventStoreUnavailable, KeysUnavailable) as error:  # commits have their verdicts
             return Err(error)
         except PersistenceError as error:
             return Err(EventStoreUnavailable(str(error)))
@@ -272,7 +275,10 @@ class Execution:
                 unit.hands[aggregate_id] = Hand(aggregate, is_loaded=True)
 
     async def _saves(self, staged: Sequence[_Staged]) -> list[Save]:
-        """Encode what is to be written; subjects without a key get one before."""
+        """Encode what is to be written; subjects without a key get one before.
+
+        Raises what `EventMapper.encode` does, but `KeysWanted`.
+        """
         encode = self._mapper.encode
         encoded: list[list[EncodedEvent]] = []
         waiting: list[tuple[list[EncodedEvent], int, Event]] = []
@@ -284,8 +290,10 @@ class Execution:
                     events.append(encode(event))
                 except KeysWanted:
                     waiting.append((events, len(events), event))
-                    events.append(UNSEALED)
-        while waiting:
+                    events.append(WAITING)
+        for _ in range(SEALINGS):
+            if not waiting:
+                break
             subjects = {str(event.subject) for _, _, event in waiting}
             await self._platform.in_thread(self._provide, subjects)
             still_waiting = []
@@ -295,10 +303,12 @@ class Execution:
                 except KeysWanted:  # forgotten in this moment: it gets another key
                     still_waiting.append((events, at, event))
             waiting = still_waiting
+        if waiting:
+            raise KeysUnavailable("they are forgotten as soon as they are made")
         saves: list[Save] = []
-        for (part, value, _, versions), events in zip(staged, encoded, strict=True):
+        for (part, value, recorded, versions), events in zip(staged, encoded, strict=True):
             is_receipt = isinstance(value, Receipt)
-            answer = None if is_receipt else _dump_answer(part, value, self._mapper.keys)
+            answer = None if is_receipt else _dump_answer(part, value, self._mapper.keys, recorded)
             saves.append(Save(part.command_id, part.name, events, tuple(versions.items()), answer))
         return saves
 
@@ -314,7 +324,11 @@ class Execution:
         staged: Sequence[_Staged],
         known: Known,
     ) -> Answers:
-        saves = await self._saves(staged)
+        try:
+            saves = await self._saves(staged)
+        except (DomainError, DispatchError) as refusal:
+            await self._confirm(unit, parts, known)
+            return Err(refusal)
         unit.seal()
         saved: Collection[UUID] = staged[0].versions
         if len(staged) > 1:
@@ -337,27 +351,23 @@ class Execution:
                 unit.believed = Believed.BEFORE
                 return Err(Unstorable(reason) if is_refusal else EventStoreUnavailable(reason))
             case Failed():
-                return await self._in_doubt(parts, values, staged, saves, known)
+                written = await self._positions_of(saves, known)
+                if written is None:
+                    return Err(OutcomeUnknown(parts[0].command_id))
+                _complete(staged, written)
+                return values
 
-    async def _in_doubt(
-        self,
-        parts: Sequence[Dispatch[Any]],
-        values: list[Any],
-        staged: Sequence[_Staged],
-        saves: Sequence[Save],
-        known: Known,
-    ) -> Answers:
-        """Answer for a commit whose answer was lost."""
+    async def _positions_of(self, saves: Sequence[Save], known: Known) -> list[int] | None:
+        """Return where saves in doubt were written; None if that is not known."""
         try:
             done, is_ours = await self._read(self._settle, saves)
         except Exception:  # noqa: BLE001 - the store is failing; what counts is the doubt
-            done, is_ours = {}, False
+            return None
         if len(done) < len(saves):
-            return Err(OutcomeUnknown(parts[0].command_id))
+            return None
         if not is_ours:  # another attempt at the same commands was first
             raise _Again({**known, **done})
-        _complete(staged, [done[save.command_id].position for save in saves])
-        return values
+        return [done[save.command_id].position for save in saves]
 
     def _settle(self, saves: Sequence[Save]) -> tuple[Known, bool]:
         """Look up what became of saves in doubt; tell also whether it is they that were written.
@@ -408,17 +418,25 @@ def _missing(error: BaseException) -> Wanted:
     return missing
 
 
-def _dump_answer(part: Dispatch[Any], value: object, keys: Keys | None) -> bytes:
-    """Return an answer as JSON. Raises `InvalidAnswerError` if it could not be given again."""
+def _dump_answer(
+    part: Dispatch[Any], value: object, keys: Keys | None, recorded: Sequence[Event]
+) -> bytes:
+    """Return an answer as JSON, beside the events that were recorded with it.
+
+    Raises `InvalidAnswerError` if it could not be given again.
+    """
     adapter = _answer_type(part)
-    sealing = None if keys is None else Sealing(lambda: None)
-    document = adapter.dump_json(value, context=sealing)
+    tokens = None if keys is None else TokensOnly(keys, recorded)
+    # Without warnings: they quote the value.
+    document = adapter.dump_json(value, warnings="none", context=tokens)
     try:
         is_the_same = adapter.validate_json(document, context=keys) == value
     except ValidationError:
         is_the_same = False
-    if sealing is not None and sealing.is_key_wanted:
-        raise InvalidAnswerError(part.name, "personal data that no event holds")
+    if tokens is not None and tokens.error is not None:
+        raise tokens.error
+    if tokens is not None and tokens.found_unsealed:
+        raise InvalidAnswerError(part.name, UNSEALED)
     if not is_the_same:
         raise InvalidAnswerError(part.name, f"{type(value).__name__} that JSON does not keep")
     return document

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import fields
-from functools import partial
 from typing import Any, ClassVar
 from uuid import UUID
 
@@ -15,6 +14,7 @@ from pydantic_core import from_json, to_json
 
 from leftfold.application.errors import (
     InvalidModelError,
+    KeysUnavailable,
     UnknownTopicError,
     UnreadableEventError,
 )
@@ -22,7 +22,7 @@ from leftfold.application.ports import EncodedEvent
 from leftfold.domain import Aggregate, Event, Snapshot
 from leftfold.domain.event import upcast, upcast_gap
 from leftfold.domain.metadata import NO_METADATA, Metadata
-from leftfold.domain.personal import Key, Keys, Sealing, SubjectMissingError
+from leftfold.domain.personal import Keys, SealingOf
 
 _METADATA = tuple(field.name for field in fields(Metadata))
 _NOT_STORED = {"originator_id", "originator_version", "metadata"}
@@ -100,13 +100,14 @@ class EventMapper(Mapper[UUID]):
     def encode(self, event: Any) -> EncodedEvent:
         """Encode an event or snapshot as JSON.
 
-        Raises `UnknownTopicError`, `KeysWanted`, `SubjectMissingError`.
+        Raises `UnknownTopicError` and `KeysWanted`; for personal data `SubjectMissingError`,
+        `OtherSubjectError`, `KeysUnavailable`, `PersonalDataErased`.
         """
         event_type = type(event)
         topic: str = event_type.TOPIC
         if self.types.get(topic) is not event_type:
             raise UnknownTopicError(topic or event_type.__name__)
-        sealing = None if self.keys is None else Sealing(partial(_key_for, event, self.keys))
+        sealing = None if self.keys is None else SealingOf(event, self.keys)
         state: bytes = event_type.__pydantic_serializer__.to_json(
             event, exclude=_NOT_STORED, context=sealing
         )
@@ -134,7 +135,7 @@ class EventMapper(Mapper[UUID]):
     def to_domain_event(self, stored_event: StoredEvent) -> Any:
         """Decode a stored event or snapshot.
 
-        Raises `UnknownTopicError` and `UnreadableEventError`.
+        Raises `UnknownTopicError`, `UnreadableEventError`, and `KeysUnavailable`.
         """
         return self.decode(
             _as_uuid(stored_event.originator_id),
@@ -157,6 +158,8 @@ class EventMapper(Mapper[UUID]):
                 event = event_type.__pydantic_validator__.validate_json(state, context=self.keys)
             else:
                 event = self._decode_by_parts(event_type, aggregate_id, version, state)
+        except KeysUnavailable:  # it may be read tomorrow
+            raise
         except Exception as error:  # noqa: BLE001 - whatever the classes, ciphers and upcasters raise
             # Without its cause: that quotes the state, and personal data with it.
             reason = _reason(error)
@@ -188,13 +191,6 @@ def _beside(metadata: Metadata) -> bytes:
     """Return the end of an event's state."""
     known = {name: value for name in _METADATA if (value := getattr(metadata, name))}
     return b',"metadata":%s}' % to_json(known) if known else b"}"
-
-
-def _key_for(event: Event, keys: Keys) -> Key | None:
-    subject = event.subject
-    if subject is None:
-        raise SubjectMissingError(event.TOPIC)
-    return keys.of(subject)
 
 
 def _reason(error: Exception) -> str:

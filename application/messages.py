@@ -45,7 +45,8 @@ class Handling:
 class Message(BaseModel, Generic[T, E]):
     """What commands and queries have in common: frozen data, and the types of their answer."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # Errors without the input: it may be personal, and they are logged.
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     async def execute(self) -> Result[T, E]:
         """Answer the message itself; called where no handler is registered.

@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar, get_type_hints
 
 from leftfold.application.errors import InvalidModelError
 from leftfold.domain import ALWAYS, Event, Specification
+from leftfold.domain.personal import is_personal
 
 R = TypeVar("R")
 E = TypeVar("E", bound=Event)
@@ -62,12 +63,20 @@ class Projection(Generic[R]):
         unknown = {column for index in self.indexes for column in index} - set(self.column_types)
         if unknown or () in self.indexes:
             raise InvalidModelError(f"projection {name}: no column {sorted(unknown)} to index")
+        indexed = {column for index in self.indexes for column in index}
+        if indexed - set(self.ordering):
+            raise InvalidModelError(f"projection {name}: personal data has no order to index")
         self._evolve: dict[type[Event], Callable[[R | None, Any], R | None]] = {}
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The names of the row's fields, in order."""
         return tuple(self.column_types)
+
+    @property
+    def ordering(self) -> tuple[str, ...]:
+        """The names of the fields that rows can be put in order by: not by personal data."""
+        return tuple(name for name, kind in self.column_types.items() if not is_personal(kind))
 
     @property
     def table(self) -> str:

@@ -149,12 +149,20 @@ def as_of(events: Iterable[Event], at: datetime) -> list[Event]:
 
 
 def parse_order(projection: Projection[Any], order: str) -> Order:
-    """Read `"revenue"` or `"-revenue"`. Raises `ValidationFailed` for an unknown column."""
+    """Read `"revenue"` or `"-revenue"`. Raises `ValidationFailed`, as `check_order`."""
     column = order.removeprefix("-")
-    if column not in projection.columns:
-        known = ", ".join(projection.columns)
-        raise ValidationFailed(projection.name, (("order", f"{column!r} is none of {known}"),))
+    check_order(projection, column)
     return Order(column, order.startswith("-"))
+
+
+def check_order(projection: Projection[Any], column: str) -> None:
+    """Refuse an unknown column, and personal data: sealed it has no order, and cursors show values.
+
+    Raises `ValidationFailed`.
+    """
+    if column not in projection.ordering:
+        known = ", ".join(projection.ordering)
+        raise ValidationFailed(projection.name, (("order", f"{column!r} is none of {known}"),))
 
 
 def write_cursor(projection: Projection[R], order: Order, key: str, row: R) -> str:

@@ -21,7 +21,7 @@ class LeftfoldError(Exception):
             available: int
 
     Errors of one class with equal facts are equal. They pickle, and pydantic serialises them as
-    an object with `error` (the class's name), `message` and the facts.
+    an object with `error` (the class's name), `message` and the facts, personal ones hidden.
     """
 
     _message: ClassVar[str] = ""
@@ -53,8 +53,14 @@ class LeftfoldError(Exception):
     def __get_pydantic_core_schema__(
         cls, source: object, handler: GetCoreSchemaHandler
     ) -> CoreSchema:
+        from leftfold.domain.personal import Personal  # which has errors of its own
+
         def dump(error: LeftfoldError) -> dict[str, object]:
-            return {"error": type(error).__name__, "message": str(error), **error.facts()}
+            facts = {
+                name: str(value) if isinstance(value, Personal) else value
+                for name, value in error.facts().items()
+            }
+            return {"error": type(error).__name__, "message": str(error), **facts}
 
         return core_schema.is_instance_schema(
             cls,

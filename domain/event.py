@@ -17,7 +17,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict
 
 from leftfold.domain import metadata
 from leftfold.domain.metadata import NO_METADATA, Metadata
-from leftfold.domain.personal import Personal
+from leftfold.domain.personal import Personal, Showing
 
 if TYPE_CHECKING:
     from leftfold.domain.aggregate import Aggregate
@@ -53,7 +53,8 @@ class Event(BaseModel, CanMutateAggregate[UUID]):
     An event whose topic is changed names the topics that it had before as `aliases=("…",)`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # Errors without the input: it may be personal, and they are logged.
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     TOPIC: ClassVar[str] = ""
     ALIASES: ClassVar[tuple[str, ...]] = ()
@@ -181,8 +182,11 @@ class DomainEvent(BaseModel):
 
     @classmethod
     def of(cls, event: Event, aggregate_type: str) -> DomainEvent:
-        """Show a recorded event to others."""
-        facts = event.model_dump(exclude=set(ENVELOPE - {"occurred_at"}))
+        """Show a recorded event to others. Raises what `Personal.reveal` does, but for erased."""
+        showing = Showing()
+        facts = event.model_dump(exclude=set(ENVELOPE - {"occurred_at"}), context=showing)
+        if showing.error is not None:
+            raise showing.error
         return cls(
             event_id=str(uuid5(event.originator_id, str(event.originator_version))),
             event_type=event.TOPIC,

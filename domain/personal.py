@@ -8,19 +8,25 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from typing import Any, Generic, Protocol, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast, get_args
 
-from pydantic import GetCoreSchemaHandler, TypeAdapter
+from pydantic import ConfigDict, GetCoreSchemaHandler, TypeAdapter
+from pydantic.errors import PydanticUserError
 from pydantic_core import CoreSchema, core_schema
+from typing_extensions import override
 
 from leftfold.domain.errors import DomainError, LeftfoldError
+
+if TYPE_CHECKING:
+    from leftfold.domain.event import Event
 
 T_co = TypeVar("T_co", covariant=True)
 
 ERASED = "[erased]"
 """Stands where erased personal data is shown to others."""
 MARK = "sealed:1:"
-ID_LENGTH = 32
+BODY = len(MARK) + 32
+"""Where what was sealed begins in a token, after the name of its key."""
 
 
 class PersonalDataErased(DomainError, message="this personal data was erased"):
@@ -35,12 +41,27 @@ class SubjectMissingError(
     topic: str
 
 
+class OtherSubjectError(
+    LeftfoldError,
+    message="{topic} has personal data that is sealed for another subject or store: "
+    "make a new one with Personal(value.reveal())",
+):
+    """An event holds what would not be erased with its subject: an error in the program."""
+
+    topic: str
+
+
 class Key(Protocol):
     """The key of one subject, in this process: good for nothing once the subject is forgotten."""
 
     @property
     def id(self) -> str:
         """Its name: 32 hexadecimal digits, which say nothing about the subject."""
+        ...
+
+    @property
+    def is_gone(self) -> bool:
+        """Its subject was forgotten."""
         ...
 
     def encrypt(self, plain: bytes) -> bytes:
@@ -74,28 +95,34 @@ class Personal(Generic[T_co]):
     Fields of events, rows and answers are annotated `Personal[str]`. Where a runtime records an
     event the value is sealed under the key of the event's subject, and from then on opened anew
     by each `reveal`: when the subject is forgotten, it is gone wherever it is kept.
+
+    What is validated gets a copy of its own: one that the program made may be recorded in events
+    about several subjects, in several stores, and is never sealed itself. So it can be pickled,
+    as the value that it is; what is sealed cannot.
     """
 
-    __slots__ = ("_key", "_open", "_token", "_value")
+    __slots__ = ("_held",)
 
     def __init__(self, value: T_co) -> None:
-        self._value: T_co | None = value
-        self._key: Key | None = None
-        self._token = ""
-        self._open: Callable[[bytes], T_co] | None = None
+        # One attribute, replaced as a whole: other threads may reveal it while it is sealed.
+        self._held: _Clear | _Sealed = _Clear(value)
 
     @classmethod
-    def sealed(cls, token: str, keys: Keys, kind: Any) -> Personal[Any]:
-        """Return what a token stands for; `kind` is the value's type."""
-        personal: Personal[Any] = cls.__new__(cls)
-        personal._hold(token, keys.find(token[len(MARK) : len(MARK) + ID_LENGTH]), kind)
-        return personal
+    def stored(cls, text: str, keys: Keys, kind: Any) -> Personal[Any]:
+        """Return what a text in a column stands for; `kind` is the value's type."""
+        if text.startswith(MARK):
+            return _holding(_Sealed(text, keys.find(text[len(MARK) : BODY]), kind))
+        value = _adapter(kind).validate_json(text)
+        return _holding(_Clear(value, is_copy=True, is_stored=True))
 
     def reveal(self) -> T_co:
         """Return the value. Raises `PersonalDataErased`."""
-        if self._key is None or self._open is None:
-            return self._value  # type: ignore[return-value]  # it is not sealed
-        opened = self._open(self._key.decrypt(b64decode(self._token[len(MARK) + ID_LENGTH :])))
+        held = self._held
+        if isinstance(held, _Clear):
+            return cast("T_co", held.value)
+        opened: T_co = _adapter(held.kind).validate_json(
+            held.key.decrypt(b64decode(held.token[BODY:]))
+        )
         note = _noting.get()
         if note is not None:
             note.append(self)
@@ -116,22 +143,22 @@ class Personal(Generic[T_co]):
     @property
     def token(self) -> str:
         """What stands for the value where it is stored; empty before it is sealed."""
-        return self._token
+        held = self._held
+        return "" if isinstance(held, _Clear) else held.token
 
-    def seal(self, key: Key, kind: Any) -> str:
-        """Keep the value under a key only; return its token."""
-        sealed = b64encode(key.encrypt(_adapter(kind).dump_json(self._value))).decode()
-        self._hold(f"{MARK}{key.id}{sealed}", key, kind)
-        return self._token
-
-    def _hold(self, token: str, key: Key, kind: Any) -> None:
-        self._token, self._key, self._value = token, key, None
-        self._open = _adapter(kind).validate_json
+    def text(self, kind: Any) -> str:
+        """Return what stands for it in a column; `stored` reads it. Raises `ValueError`."""
+        held = self._held
+        if isinstance(held, _Sealed):
+            return held.token
+        if held.is_stored:
+            return _adapter(kind).dump_json(held.value, warnings="none").decode()
+        raise ValueError(UNSEALED)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Personal):
             return False
-        if self._token and self._token == other._token:
+        if self.token and self.token == other.token:
             return True
         return self.reveal_or(_GONE) == other.reveal_or(_ALSO_GONE)
 
@@ -148,7 +175,7 @@ class Personal(Generic[T_co]):
         return self
 
     def __reduce__(self) -> tuple[type[Personal[T_co]], tuple[T_co]]:
-        if self._token:
+        if self.token:
             msg = "sealed personal data does not leave its process"
             raise TypeError(msg)
         return Personal, (self.reveal(),)
@@ -164,72 +191,249 @@ class Personal(Generic[T_co]):
             validate: core_schema.ValidatorFunctionWrapHandler,
             info: core_schema.ValidationInfo,
         ) -> Personal[Any]:
-            if type(value) is str and isinstance(info.context, Keys) and value.startswith(MARK):
-                return cls.sealed(value, info.context, kind)
-            return cls(validate(value))
+            if isinstance(value, Personal):
+                held = value._held
+                return value if isinstance(held, _Sealed) else _holding(held.fit(kind, validate))
+            keys = info.context
+            if not isinstance(keys, Keys):
+                return _holding(_Clear(validate(value), is_copy=True))
+            if type(value) is str and value.startswith(MARK):
+                return _holding(_Sealed(value, keys.find(value[len(MARK) : BODY]), kind))
+            return _holding(_Clear(validate(value), is_copy=True, is_stored=True))
 
         def dump(personal: Personal[Any], info: core_schema.SerializationInfo) -> Any:
-            if isinstance(info.context, Sealing):
+            if isinstance(info.context, Writing):
                 return info.context.write(personal, kind)
             return personal.reveal_or(ERASED)
 
-        loaded = core_schema.with_info_wrap_validator_function(load, handler(kind))
-        return core_schema.json_or_python_schema(
-            json_schema=loaded,
-            python_schema=core_schema.union_schema([core_schema.is_instance_schema(cls), loaded]),
+        return core_schema.with_info_wrap_validator_function(
+            load,
+            handler(kind),
             serialization=core_schema.plain_serializer_function_ser_schema(dump, info_arg=True),
         )
 
 
-class Sealing:
-    """Given to a serializer as its context: sealed values are written as their tokens.
+class _Clear:
+    """A value that is not sealed. The copies of a `Personal` share it.
 
-    Those that are not sealed yet are sealed under a key, which is asked for when it is needed.
+    So many lines of one invoice cost one check and one sealing.
     """
+
+    __slots__ = ("_fitting", "is_copy", "is_stored", "sealed", "value")
+
+    def __init__(self, value: Any, *, is_copy: bool = False, is_stored: bool = False) -> None:
+        self.value = value
+        self.is_copy = is_copy
+        """It was validated: who holds it may hold it sealed. Else it is the program's own."""
+        self.is_stored = is_stored
+        """It was read from where it lies in the clear: from before there were keys."""
+        self._fitting: tuple[Any, _Clear] | None = None
+        self.sealed: _Sealed | None = None
+        """What it was sealed as last."""
+
+    def fit(self, kind: Any, validate: Callable[[Any], Any]) -> _Clear:
+        """Return the value as one of a type. Raises pydantic's `ValidationError`."""
+        fitting = self._fitting
+        if fitting is None or fitting[0] is not kind:
+            value = validate(self.value)
+            is_same = self.is_copy and value is self.value
+            copy = self if is_same else _Clear(value, is_copy=True, is_stored=self.is_stored)
+            fitting = self._fitting = kind, copy
+        return fitting[1]
+
+    def seal(self, key: Key, kind: Any) -> _Sealed:
+        """Return the value sealed under a key."""
+        sealed = self.sealed
+        if sealed is None or sealed.key is not key or sealed.kind is not kind:
+            plain = _adapter(kind).dump_json(self.value, warnings="none")
+            token = f"{MARK}{key.id}{b64encode(key.encrypt(plain)).decode()}"
+            sealed = self.sealed = _Sealed(token, key, kind)
+        return sealed
+
+
+class _Sealed:
+    """A value under a key; `kind` is its type."""
+
+    __slots__ = ("key", "kind", "token")
+
+    def __init__(self, token: str, key: Key, kind: Any) -> None:
+        self.token = token
+        self.key = key
+        self.kind = kind
+
+
+def _holding(held: _Clear | _Sealed) -> Personal[Any]:
+    personal: Personal[Any] = Personal.__new__(Personal)
+    personal._held = held
+    return personal
+
+
+class Writing(ABC):
+    """Given to a serializer as its context: says what is written in a personal value's place."""
+
+    error: LeftfoldError | None = None
+    """Why something cannot be written. Serializers would wrap it."""
+
+    @abstractmethod
+    def write(self, personal: Personal[Any], kind: Any) -> Any:
+        """Return what stands for a value."""
+
+
+class Sealing(Writing):
+    """Writes what is sealed as its token, and all else as it is."""
+
+    @override
+    def write(self, personal: Personal[Any], kind: Any) -> Any:
+        return personal.token or personal.reveal()
+
+
+class SealingOf(Writing):
+    """Seals the personal data of an event under its subject's key, and writes tokens.
+
+    What is sealed already must be sealed under that key, or it would not be erased with it.
+    """
+
+    is_key_wanted = False
+    """The key is not at hand: what was written must not be used."""
+    _key: Key | None = None
+
+    def __init__(self, event: Event, keys: Keys) -> None:
+        """Seal for an event; the key is looked for when the first value is met."""
+        self._event = event
+        self._keys = keys
+
+    @override
+    def write(self, personal: Personal[Any], kind: Any) -> str:
+        held = personal._held
+        if isinstance(held, _Sealed) and held.key.is_gone:
+            return held.token  # nothing is left to be erased
+        try:
+            key = self._key or self._find()
+            if key is None:
+                self.is_key_wanted = True
+                return ""
+            if isinstance(held, _Clear):
+                is_copy, held = held.is_copy, held.seal(key, kind)
+                if is_copy:
+                    personal._held = held
+            elif held.key is not key:
+                raise OtherSubjectError(self._event.TOPIC)
+        except LeftfoldError as error:
+            self.error = error
+            return ""
+        return held.token
+
+    def _find(self) -> Key | None:
+        subject = self._event.subject
+        if subject is None:
+            raise SubjectMissingError(self._event.TOPIC)
+        self._key = self._keys.of(subject)
+        return self._key
+
+
+class TokensOnly(Writing):
+    """Writes what is sealed as its token, and in the clear only what lies so in the store.
+
+    Copies of what some events hold are sealed as it is there.
+    """
+
+    found_unsealed = False
+    """There was a value that no event holds: what was written must not be used."""
+
+    def __init__(self, keys: Keys, events: Iterable[Event] = ()) -> None:
+        """Write beside events, which were sealed under these keys."""
+        self._keys = keys
+        self._events = events
+
+    @override
+    def write(self, personal: Personal[Any], kind: Any) -> Any:
+        held = personal._held
+        if isinstance(held, _Sealed):
+            return held.token
+        sealed = held.sealed
+        if sealed is not None and self._is_of_events(sealed.key):
+            if held.is_copy:
+                personal._held = sealed
+            return sealed.token
+        if held.is_stored:
+            return held.value
+        self.found_unsealed = True
+        return ""
+
+    def _is_of_events(self, key: Key) -> bool:
+        try:
+            return any(self._keys.of(event.subject or "") is key for event in self._events)
+        except LeftfoldError as error:
+            self.error = error
+            return False
+
+
+class Noticing(Writing):
+    """Notices personal values, and writes none."""
 
     has_met_some = False
     """There was a personal value."""
-    is_key_wanted = False
-    """There was no key: what was written must not be used."""
-    error: LeftfoldError | None = None
-    """Why something cannot be sealed. Serializers would wrap it."""
 
-    def __init__(self, key: Callable[[], Key | None] | None = None) -> None:
-        """Seal under the key that is answered; without the question, write values as they are."""
-        self._key = key
-
-    def write(self, personal: Personal[Any], kind: Any) -> Any:
-        """Return what stands for a value."""
+    @override
+    def write(self, personal: Personal[Any], kind: Any) -> str:
         self.has_met_some = True
-        if personal.token:
-            return personal.token
-        if self._key is None:
-            return personal.reveal()
-        try:
-            key = self._key()
-            if key is not None:
-                return personal.seal(key, kind)
-            self.is_key_wanted = True
-        except LeftfoldError as error:
-            self.error = error
         return ""
 
 
+class Showing(Writing):
+    """Writes values in the clear, and `[erased]` in the place of those that are erased."""
+
+    @override
+    def write(self, personal: Personal[Any], kind: Any) -> Any:
+        try:
+            return personal.reveal_or(ERASED)
+        except LeftfoldError as error:
+            self.error = error
+            return ERASED
+
+
+UNSEALED = "personal data that no event holds"
 _GONE, _ALSO_GONE = object(), object()
 _noting: ContextVar[list[Personal[Any]] | None] = ContextVar("leftfold_revealed", default=None)
 
 
 @contextmanager
 def noting() -> Iterator[list[Personal[Any]]]:
-    """Note what sealed values are revealed inside of the block, in this task or thread."""
+    """Note what sealed values are revealed inside of the block, in this task or thread.
+
+    Blocks nest: what is noted inside is noted outside too.
+    """
     noted: list[Personal[Any]] = []
     token = _noting.set(noted)
     try:
         yield noted
     finally:
         _noting.reset(token)
+        note(noted)
+
+
+def note(revealed: Iterable[Personal[Any]]) -> None:
+    """Note values that were revealed for this task by another."""
+    outer = _noting.get()
+    if outer is not None:
+        outer.extend(revealed)
 
 
 @cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+    # As text what JSON has no form for; and errors must not quote the value.
+    forms = ConfigDict(
+        hide_input_in_errors=True,
+        ser_json_bytes="base64",
+        val_json_bytes="base64",
+        ser_json_inf_nan="strings",
+    )
+    try:
+        return TypeAdapter(kind, config=forms)
+    except PydanticUserError:  # a type with a configuration of its own
+        return TypeAdapter(kind)
+
+
+def is_personal(kind: Any) -> bool:
+    """Tell whether a type is `Personal`, or a union with it."""
+    return getattr(kind, "__origin__", kind) is Personal or any(map(is_personal, get_args(kind)))

@@ -13,7 +13,7 @@ from eventsourcing.persistence import (
     ProgrammingError,
 )
 
-from leftfold.application import EventStoreUnavailable
+from leftfold.application import EventStoreUnavailable, KeysUnavailable
 from leftfold.application.ports import Commit, Failed, Group, Log, Platform, Verdict
 from leftfold.infrastructure.resilience import (
     CircuitBreaker,
@@ -78,7 +78,7 @@ class StoreAccess:
         except CircuitOpenError as error:
             raise _unavailable(error) from None
         except PersistenceError as error:
-            if not may_pass(error):
+            if not _is_away(error):
                 raise
             raise EventStoreUnavailable(str(error)) from error
 
@@ -98,7 +98,12 @@ class _Verdicts(list[Verdict]):
 
 
 def may_pass(error: Exception) -> bool:
-    """Tell whether the database may do tomorrow what it refused: it was lost, locked, read-only."""
+    """Tell whether tomorrow may do what failed: the store was away, or the keys were."""
+    return isinstance(error, KeysUnavailable) or _is_away(error)
+
+
+def _is_away(error: Exception) -> bool:
+    """Tell whether it is the store that failed, for a while: it was lost, locked, read-only."""
     is_wrong = isinstance(error, (DataError, IntegrityError, ProgrammingError))
     return isinstance(error, PersistenceError) and not is_wrong
 
@@ -106,7 +111,7 @@ def may_pass(error: Exception) -> bool:
 def _has_failed(outcome: object) -> bool:
     if isinstance(outcome, _Verdicts):
         return any(isinstance(verdict, Failed) and not verdict.is_refusal for verdict in outcome)
-    return isinstance(outcome, Exception) and may_pass(outcome)
+    return isinstance(outcome, Exception) and _is_away(outcome)
 
 
 def _is_repeatable(outcome: object) -> bool:
@@ -115,7 +120,7 @@ def _is_repeatable(outcome: object) -> bool:
             isinstance(verdict, Failed) and not verdict.in_doubt and not verdict.is_refusal
             for verdict in outcome
         )
-    return isinstance(outcome, Exception) and may_pass(outcome)
+    return isinstance(outcome, Exception) and _is_away(outcome)
 
 
 def _unavailable(error: CircuitOpenError) -> EventStoreUnavailable:

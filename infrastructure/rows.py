@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import MAXYEAR, MINYEAR, UTC, date, datetime
 from decimal import Decimal
 from enum import Enum
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from typing import Any, Generic, TypeVar
 from uuid import UUID
 
@@ -151,7 +151,9 @@ def describe(columns: Sequence[Column]) -> str:
 
 
 def _described(column: Column) -> str:
-    return "Personal" if column.python_type is Personal else column.stored_type.__name__
+    if column.python_type is Personal:
+        return f"Personal[{column.kind.__name__ if isinstance(column.kind, type) else column.kind}]"
+    return column.stored_type.__name__
 
 
 class RowShape(Generic[R]):
@@ -249,15 +251,8 @@ def _encoder(column: Column, encoders: Mapping[type, Callable[[Any], Any]]) -> C
     if issubclass(column.python_type, Enum):
         return _text_of(encoders[str])
     if column.python_type is Personal:
-        return _token_of
+        return methodcaller("text", column.kind)
     return encoders[column.python_type]
-
-
-def _token_of(personal: Personal[Any]) -> str:
-    if not personal.token:
-        msg = "personal data that no event holds"
-        raise ValueError(msg)
-    return personal.token
 
 
 def _text_of(encode: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -20,6 +20,7 @@ from leftfold.application import (
     EventMapper,
     EventStoreUnavailable,
     InvalidModelError,
+    KeysUnavailable,
     Middleware,
     Model,
     QueryBus,
@@ -159,7 +160,9 @@ class Runtime:
 
         The key that it is sealed under is deleted. What is in this process is erased when this
         returns, in every other process after the setting `forget_within` (seconds): in events,
-        histories, snapshots, views, caches and receipts. Raises `KeysUnavailable`.
+        histories, snapshots, views, caches and receipts. What the program has made of `reveal()`
+        is its own: a plain text in a row, an answer or another event stays. Raises
+        `KeysUnavailable`, and `InvalidSubject` for what can be nobody's name.
         """
         return await self._opened.platform.in_thread(self._keyring.forget, subject)
 
@@ -304,6 +307,7 @@ class Runtime:
         self._store.open(
             self.model.projections, create_tables=self.settings.create_tables, keys=self._keyring
         )
+        self._keyring.open(create_tables=self.settings.create_tables)
 
     def _close_stores(self) -> None:
         self._keyring.close()
@@ -426,6 +430,7 @@ class _Parts:
         while True:
             await self.platform.sleep(self._store_timeout / 10)
             self._store.cut(self._store_timeout)
+            self._keyring.cut(self._store_timeout)
 
     async def _forget(self) -> None:
         """Learn what other processes have forgotten."""
@@ -433,7 +438,7 @@ class _Parts:
             await self.platform.sleep(self._forget_within / REFRESHES)
             try:
                 await self.platform.in_thread(self._keyring.refresh)
-            except PersistenceError as error:
+            except KeysUnavailable as error:
                 _log.warning("%s", error)
 
     async def _purge(self, kept: float) -> None:

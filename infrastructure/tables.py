@@ -343,5 +343,5 @@ def _decoder(field: Column, kind: _Kind, keys: Keys | None) -> Callable[[Any], o
     if field.python_type is Personal:
         if keys is None:
             return Personal
-        return lambda token: Personal.sealed(token, keys, field.kind)
+        return lambda text: Personal.stored(text, keys, field.kind)
     return field.python_type if issubclass(field.python_type, Enum) else kind.decode

@@ -11,6 +11,7 @@ from leftfold.application.planning import Plan, plan
 from leftfold.application.ports import Access, Order, Seek, Store
 from leftfold.application.reading import (
     ViewOf,
+    check_order,
     current_after,
     current_read,
     parse_order,
@@ -64,6 +65,8 @@ class FollowedViews:
         where: Specification[R] = ALWAYS,
     ) -> tuple[R, ...]:
         _check_limit(projection, limit)
+        if order is not None:
+            check_order(projection, order.column)
         planned = _planned(projection, where)
         found = await self._find(projection, order, limit, None, planned)
         return tuple(row for _, row in found)

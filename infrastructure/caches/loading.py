@@ -13,7 +13,14 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from typing_extensions import override
 
-from leftfold.application.caching import CacheEntry, CacheProvider, Loaded, Loader, NotKept
+from leftfold.application.caching import (
+    CacheEntry,
+    CacheProvider,
+    Loaded,
+    Loader,
+    NotKept,
+    PersonalNotKeptError,
+)
 from leftfold.infrastructure.caches.entries import Change, Kept, Times, copier
 from leftfold.infrastructure.errors import CacheUnavailableError
 from leftfold.infrastructure.health import PartHealth
@@ -281,7 +288,7 @@ class LoadingCache(CacheProvider[T], ABC):
         answer: Any = await loader()  # a value of T, or one with its position
         loaded: Loaded[T] = answer if isinstance(answer, Loaded) else Loaded(answer, 0)
         kept = self.times.keep(self._own(loaded.value), ttl, flight.tags, loaded.position)
-        with suppress(CacheUnavailableError):
+        with suppress(CacheUnavailableError, PersonalNotKeptError):
             await self._put_loaded(key, kept, flight, lease)
         return Landed(kept, is_new=True)
 

@@ -14,9 +14,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter
 from pydantic.errors import PydanticInvalidForJsonSchema
 
-from leftfold.application.caching import InvalidCacheArgumentError
+from leftfold.application.caching import InvalidCacheArgumentError, PersonalNotKeptError
 from leftfold.domain import LeftfoldError
-from leftfold.domain.personal import Sealing
+from leftfold.domain.personal import Noticing
 from leftfold.infrastructure.caches.entries import NEVER, Change, Kept, Times
 from leftfold.infrastructure.caches.globs import encoded, literal
 from leftfold.infrastructure.caches.loading import Flight, LoadingCache
@@ -128,16 +128,19 @@ class Codec(Generic[T]):
         self._print = hashlib.sha256(print_of.encode()).hexdigest()[:16]
 
     def encode(self, kept: Kept[T]) -> bytes:
-        """Return a document. Raises `InvalidCacheArgumentError` if it would not come back."""
-        body, sealing = b"", Sealing(lambda: None)
+        """Return a document. Raises `InvalidCacheArgumentError` if it would not come back.
+
+        For personal data that is a `PersonalNotKeptError`.
+        """
+        body, noticing = b"", Noticing()
         try:
             # Without warnings: they quote the value.
-            body = self._adapter.dump_json(kept.value, warnings="none", context=sealing)
+            body = self._adapter.dump_json(kept.value, warnings="none", context=noticing)
             is_the_same = self._adapter.validate_json(body) == kept.value
         except (ValueError, TypeError):  # pydantic's errors among them, which quote the value
             is_the_same = False
-        if sealing.has_met_some:
-            raise InvalidCacheArgumentError("value", "personal data is not kept outside")
+        if noticing.has_met_some:
+            raise PersonalNotKeptError("value", "personal data is not kept outside")
         if not is_the_same:
             raise InvalidCacheArgumentError("value", f"JSON does not keep this {self._kind}")
         expires = None if kept.expires == NEVER else kept.expires

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -36,10 +36,12 @@ from leftfold.infrastructure.cli.output import (
 from leftfold.infrastructure.errors import InvalidSettingsError
 from leftfold.infrastructure.importing import Summary, import_sales
 from leftfold.infrastructure.items import open_items
+from leftfold.infrastructure.keyring import Keyring
 from leftfold.infrastructure.runtime import Runtime
 from leftfold.infrastructure.settings import load_settings
 from leftfold.infrastructure.simulation import write_shop
 from leftfold.infrastructure.stores import make_store
+from leftfold.infrastructure.stores.keys import make_keys
 from leftfold.infrastructure.stores.memory import MemoryStore
 
 T = TypeVar("T")
@@ -54,6 +56,16 @@ Store = Annotated[
         "--store",
         envvar="LEFTFOLD_STORE",
         help="sqlite:///path or postgresql://…",
+        show_default=False,
+        show_envvar=True,
+    ),
+]
+Keys = Annotated[
+    str,
+    typer.Option(
+        "--keys",
+        envvar="LEFTFOLD_KEYS",
+        help="Where the keys of personal data are kept, if not near the store.",
         show_default=False,
         show_envvar=True,
     ),
@@ -227,14 +239,14 @@ def follow(
 def forget(
     subject: Annotated[str, typer.Argument(help="Whom: a customer's id, as sales name it.")],
     store: Store,
+    keys: Keys = "",
     as_json: AsJson = False,
 ) -> None:
     """Erase all personal data about somebody, for good."""
 
     async def run() -> tuple[bool, float]:
-        settings = load_settings(store=store, follow=False)
-        async with open_items(settings=settings) as shop:
-            return await shop.forget(subject), settings.forget_within
+        async with _open(store, keys=keys or None, follow=False) as shop:
+            return await shop.forget(subject), shop.settings.forget_within
 
     found, seconds = _run(run())
     if as_json:
@@ -250,7 +262,7 @@ def purge(store: Store, as_json: AsJson = False) -> None:
     """Delete receipts that are old enough (LEFTFOLD_RECEIPTS_KEPT, in seconds)."""
 
     async def run() -> int:
-        async with open_items(settings=load_settings(store=store, follow=False)) as shop:
+        async with _open(store, follow=False) as shop:
             return await shop.purge_receipts()
 
     purged = _run(run())
@@ -261,11 +273,14 @@ def purge(store: Store, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def migrate(store: Store) -> None:
-    """Make the tables that are missing, so that programs need no right to."""
-    opened = make_store(load_settings(store=store))
-    opened.open(item_model.projections, create_tables=True)
-    opened.close()
+def migrate(store: Store, keys: Keys = "") -> None:
+    """Make the tables that are missing, also those of keys, so that programs need no right to."""
+    settings = load_settings(store=store, keys=keys or None)
+    opened, keyring = make_store(settings), Keyring(make_keys(settings), settings.forget_within)
+    with closing(opened), closing(keyring):
+        opened.open(item_model.projections, create_tables=True)
+        keyring.open(create_tables=True)
+        keyring.provide(())  # it makes the file
     say(f"{opened.name} is ready")
 
 
@@ -299,9 +314,9 @@ def run() -> int:
     return code if isinstance(code, int) else 0
 
 
-def _open(store: str) -> Runtime:
-    """Open a store to read it: one that is not there is a mistake, and not made."""
-    return open_items(settings=load_settings(store=store, create_tables=False))
+def _open(store: str, **settings: object) -> Runtime:
+    """Open a store that is there: one that is not is a mistake, and not made."""
+    return open_items(settings=load_settings(store=store, create_tables=False, **settings))
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:

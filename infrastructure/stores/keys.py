@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,13 +14,19 @@ from uuid import uuid4
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from eventsourcing.persistence import OperationalError
 
-from leftfold.infrastructure.errors import InvalidSettingsError, MissingPackageError
-from leftfold.infrastructure.platform import Lock
+from leftfold.infrastructure.errors import (
+    InvalidSettingsError,
+    MissingPackageError,
+    StoreUnavailableError,
+)
+from leftfold.infrastructure.platform import Lock, monotonic
 from leftfold.infrastructure.settings import Settings, masked
 
 KEY_BITS = 256
 TOGETHER = 256
 """Keys read or made at a time: those made together are often wanted together."""
+MIGRATE = "are missing, and may not be made here: run `leftfold migrate`"
+SQLITE = "sqlite:///"
 
 
 class StoredKey(NamedTuple):
@@ -28,12 +36,22 @@ class StoredKey(NamedTuple):
     subject: str
     secret: bytes
 
+    def __repr__(self) -> str:
+        return f"StoredKey({self.id})"
+
 
 class KeyStore(Protocol):
     """Where keys are kept, apart from what is sealed under them.
 
-    All raise `OperationalError` if they cannot be reached.
+    All but `open` raise `OperationalError` if they cannot be reached.
     """
+
+    def open(self, *, create_tables: bool) -> None:
+        """Make the tables that are missing, if they may be made; a file, when it is needed.
+
+        Raises `StoreUnavailableError`.
+        """
+        ...
 
     def provide(self, subjects: Collection[str]) -> list[StoredKey]:
         """Return the keys of subjects; those that have none get one, which is kept for good."""
@@ -49,6 +67,10 @@ class KeyStore(Protocol):
 
     def forgotten(self, after: int) -> tuple[list[str], int]:
         """Return the names of keys that were deleted after a mark, and the next mark."""
+        ...
+
+    def cut(self, seconds: float) -> None:
+        """End a call that has not been answered for so long; from another thread."""
         ...
 
     def close(self) -> None:
@@ -68,6 +90,9 @@ class MemoryKeys:
         self._by_subject: dict[str, StoredKey] = {}
         self._forgotten: list[str] = []
         self._turn = Lock()
+
+    def open(self, *, create_tables: bool) -> None:
+        """Nothing to open."""
 
     def provide(self, subjects: Collection[str]) -> list[StoredKey]:
         with self._turn:
@@ -89,6 +114,9 @@ class MemoryKeys:
     def forgotten(self, after: int) -> tuple[list[str], int]:
         with self._turn:
             return self._forgotten[max(after, 0) :], len(self._forgotten)
+
+    def cut(self, seconds: float) -> None:
+        """Nothing hangs."""
 
     def close(self) -> None:
         """Nothing to close."""
@@ -112,25 +140,36 @@ class SQLiteKeys:
     def __init__(self, path: str, lock_timeout: int) -> None:
         self._path = Path(path).absolute()
         self._lock_timeout = lock_timeout
+        self._may_create = True
         self._connection: sqlite3.Connection | None = None
         self._turn = Lock()
 
+    def open(self, *, create_tables: bool) -> None:
+        """Let the file be made when the first key is, or not."""
+        self._may_create = create_tables
+
     @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
+    def _reading(self) -> Iterator[sqlite3.Connection]:
         try:
             with self._turn:
-                connection = self._connection or self._connect()
-                connection.execute("BEGIN IMMEDIATE")
-                try:
-                    yield connection
-                    connection.execute("COMMIT")
-                except BaseException:
-                    connection.execute("ROLLBACK")
-                    raise
+                yield self._connection or self._connect()
         except sqlite3.Error as error:
             raise OperationalError(f"keys: {error}") from error
 
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        with self._reading() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                connection.execute("ROLLBACK")
+                raise
+
     def _connect(self) -> sqlite3.Connection:
+        if not self._may_create and not self._path.exists():
+            raise OperationalError(f"keys: {self._path} and its tables {MIGRATE}")
         connection = sqlite3.connect(
             self._path, timeout=self._lock_timeout, isolation_level=None, check_same_thread=False
         )
@@ -154,7 +193,7 @@ class SQLiteKeys:
             return [StoredKey(*connection.execute(query, (s,)).fetchone()) for s in subjects]
 
     def find(self, key_id: str) -> list[StoredKey]:
-        with self._writing() as connection:
+        with self._reading() as connection:
             query = (
                 "SELECT key_id, subject, secret FROM leftfold_keys WHERE number >= "
                 "(SELECT number FROM leftfold_keys WHERE key_id = ?) ORDER BY number LIMIT ?"
@@ -170,12 +209,15 @@ class SQLiteKeys:
             return [key_id for (key_id,) in deleted]
 
     def forgotten(self, after: int) -> tuple[list[str], int]:
-        with self._writing() as connection:
+        with self._reading() as connection:
             rows = connection.execute(
                 "SELECT number, key_id FROM leftfold_forgotten WHERE number > ? ORDER BY number",
                 (after,),
             ).fetchall()
             return [key_id for _, key_id in rows], rows[-1][0] if rows else max(after, 0)
+
+    def cut(self, seconds: float) -> None:
+        """Nothing hangs for longer than the lock's timeout."""
 
     def close(self) -> None:
         """Close the file."""
@@ -188,6 +230,7 @@ class SQLiteKeys:
 class PostgresKeys:
     """Keys in a database, if possible another one than that of the events."""
 
+    ARE_THERE = "SELECT to_regclass('leftfold_keys'), to_regclass('leftfold_forgotten')"
     TABLES = """
         SELECT pg_advisory_xact_lock(519499805);
         CREATE TABLE IF NOT EXISTS leftfold_keys (
@@ -210,6 +253,19 @@ class PostgresKeys:
         self._timeout = timeout
         self._connection: psycopg.Connection[Any] | None = None
         self._turn = Lock()
+        self._asked: float | None = None  # since when an answer is awaited
+
+    def open(self, *, create_tables: bool) -> None:
+        """Make the tables that are missing, if they may be made."""
+        if not create_tables:
+            return
+        try:
+            with self._writing() as cursor:
+                # To make what is there already needs rights too.
+                if None in (cursor.execute(self.ARE_THERE).fetchone() or ()):
+                    cursor.execute(self.TABLES.encode())
+        except OperationalError as error:
+            raise StoreUnavailableError(masked(self._url), str(error)) from None
 
     @contextmanager
     def _writing(self) -> Iterator[Any]:
@@ -219,8 +275,10 @@ class PostgresKeys:
                 connection = self._connection
                 if connection is None or connection.closed:
                     connection = self._connection = self._connect()
-                with connection.transaction(), connection.cursor() as cursor:
+                with self._awaited(), connection.transaction(), connection.cursor() as cursor:
                     yield cursor
+        except self._psycopg.errors.UndefinedTable:
+            raise OperationalError(f"keys: the tables {MIGRATE}") from None
         except self._psycopg.Error as error:
             # Without the server's own words on rows: they name the subject.
             raise OperationalError(f"keys: {type(error).__name__}") from None
@@ -231,8 +289,15 @@ class PostgresKeys:
         )
         with connection.transaction():
             connection.execute(f"SET lock_timeout = '{self._timeout}s'".encode())
-            connection.execute(self.TABLES.encode())
         return connection
+
+    @contextmanager
+    def _awaited(self) -> Iterator[None]:
+        self._asked = monotonic()
+        try:
+            yield
+        finally:
+            self._asked = None
 
     def provide(self, subjects: Collection[str]) -> list[StoredKey]:
         with self._writing() as cursor:
@@ -279,7 +344,8 @@ class PostgresKeys:
             with suppress(self._psycopg.Error):
                 connection.autocommit = True
                 try:
-                    connection.execute("VACUUM leftfold_keys")
+                    with self._awaited():
+                        connection.execute("VACUUM leftfold_keys")
                 finally:
                     connection.autocommit = False
 
@@ -291,6 +357,16 @@ class PostgresKeys:
             )
             rows = cursor.fetchall()
             return [key_id for _, key_id in rows], rows[-1][0] if rows else max(after, 0)
+
+    def cut(self, seconds: float) -> None:
+        """End a call whose server has not answered for so long; as `PostgresDatabase.cut`."""
+        asked, connection = self._asked, self._connection
+        if connection is not None and asked is not None and asked < monotonic() - seconds:
+            with (
+                suppress(self._psycopg.Error, OSError),
+                socket.socket(fileno=os.dup(connection.fileno())) as end,
+            ):
+                end.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the connection."""
@@ -304,15 +380,24 @@ def make_keys(settings: Settings) -> KeyStore:
     """Return where the settings say that keys are kept; it connects when it is needed.
 
     Without the setting `keys`: in memory for a store in memory, in the file `….keys` beside an
-    SQLite file, in tables of the same PostgreSQL database. Raises `InvalidSettingsError`.
+    SQLite file, in tables of the same PostgreSQL database. Raises `InvalidSettingsError`, also for
+    the file of the events itself: its journal would keep what is deleted.
     """
     url = settings.keys or settings.store
     if url == "memory:":
         return MemoryKeys()
-    if url.startswith("sqlite:///"):
-        path = url.removeprefix("sqlite:///")
+    if url.startswith(SQLITE):
+        path = url.removeprefix(SQLITE)
+        if settings.keys and _is_one_file(path, settings.store):
+            raise InvalidSettingsError("keys", "is the store's own file")
         return SQLiteKeys(path if settings.keys else f"{path}.keys", settings.lock_timeout)
     if url.startswith(("postgresql://", "postgres://")):
         return PostgresKeys(url, settings.lock_timeout)
     known = "memory:, sqlite:///path, postgresql://…"
     raise InvalidSettingsError("keys", f"{masked(url)!r} is none of {known}")
+
+
+def _is_one_file(path: str, store: str) -> bool:
+    return store.startswith(SQLITE) and (
+        Path(path).resolve() == Path(store.removeprefix(SQLITE)).resolve()
+    )

@@ -8,6 +8,7 @@ from decimal import Decimal
 from types import MappingProxyType
 
 import pytest
+from pydantic import ValidationError
 
 from leftfold.application import CommandBus, ValidationFailed
 from leftfold.application.items import RecordInvoice, RegisterItem, SellStock
@@ -155,3 +156,10 @@ def test_a_refusal_reads_as_a_sentence_with_fields_and_reasons(bus):
     assert "SellStock" in text
     assert "invoice" in text
     assert "Field required" in text
+
+
+@pytest.mark.parametrize("faulty", [{"customer_id": 17850}, {"quantity": "17850"}, {"x": "17850"}])
+def test_errors_of_messages_do_not_quote_what_they_were_given(faulty):
+    with pytest.raises(ValidationError) as raised:
+        SellStock(**SALE | faulty)
+    assert "17850" not in str(raised.value)

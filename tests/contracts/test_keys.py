@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import stat
 from contextlib import closing
 
@@ -14,8 +15,14 @@ from leftfold.infrastructure.stores.keys import TOGETHER, make_keys
 
 @pytest.fixture
 def keys(store_url):
-    with closing(make_keys(Settings(store=store_url))) as keys:
+    with closing(opened(Settings(store=store_url))) as keys:
         yield keys
+
+
+def opened(settings):
+    keys = make_keys(settings)
+    keys.open(create_tables=True)
+    return keys
 
 
 def test_a_subject_gets_a_key_once(keys):
@@ -78,7 +85,7 @@ def test_what_is_read_together_is_bounded(keys):
 @pytest.fixture
 def both(shared_url):
     settings = Settings(store=shared_url)
-    with closing(make_keys(settings)) as one, closing(make_keys(settings)) as other:
+    with closing(opened(settings)) as one, closing(opened(settings)) as other:
         yield one, other
 
 
@@ -125,7 +132,7 @@ def test_keys_that_cannot_be_reached_say_so_and_show_no_password(tmp_path):
 def test_a_connection_that_was_lost_is_made_anew(postgres_url):
     import psycopg
 
-    with closing(make_keys(Settings(keys=postgres_url))) as keys:
+    with closing(opened(Settings(keys=postgres_url))) as keys:
         (ann,) = keys.provide(["ann"])
         with psycopg.connect(postgres_url, autocommit=True) as other:
             other.execute(
@@ -134,4 +141,35 @@ def test_a_connection_that_was_lost_is_made_anew(postgres_url):
             )
         with pytest.raises(OperationalError):
             keys.provide(["ann"])
+        assert keys.provide(["ann"]) == [ann]
+
+
+def test_the_representation_of_a_key_shows_neither_subject_nor_secret(keys):
+    (ann,) = keys.provide(["ann"])
+    assert repr(ann) == f"StoredKey({ann.id})"
+
+
+def test_the_file_of_the_events_is_refused_for_keys(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for keys in (f"sqlite:///{tmp_path}/shop.db", "sqlite:///shop.db"):
+        with pytest.raises(InvalidSettingsError, match="own file"):
+            make_keys(Settings(store=f"sqlite:///{tmp_path}/shop.db", keys=keys))
+
+
+def test_reading_keys_waits_for_no_writer(tmp_path):
+    settings = Settings(keys=f"sqlite:///{tmp_path}/k.db", lock_timeout=1)
+    with closing(opened(settings)) as keys, closing(sqlite3.connect(tmp_path / "k.db")) as writer:
+        (ann,) = keys.provide(["ann"])
+        writer.execute("BEGIN IMMEDIATE")
+        assert keys.find(ann.id) == [ann]
+        assert keys.forgotten(-1) == ([], 0)
+
+
+def test_where_no_tables_may_be_made_none_are(shared_url):
+    with closing(make_keys(Settings(store=shared_url))) as keys:
+        keys.open(create_tables=False)
+        with pytest.raises(OperationalError, match="leftfold migrate"):
+            keys.provide(["ann"])
+        with closing(opened(Settings(store=shared_url))) as others:
+            (ann,) = others.provide(["ann"])
         assert keys.provide(["ann"]) == [ann]

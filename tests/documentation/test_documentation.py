@@ -177,10 +177,11 @@ def columns_on_postgresql(url):
 
 
 def test_the_storage_format_names_every_table_and_column(shared_url, tmp_path):
-    with open_items(shared_url).blocking():
-        pass
+    with open_items(shared_url).blocking() as shop:
+        shop.forget("nobody")  # now there are keys
     if shared_url.startswith("sqlite"):
         stored = columns_on_sqlite(tmp_path / "shop.db")
+        stored |= columns_on_sqlite(tmp_path / "shop.db.keys")
     else:
         stored = columns_on_postgresql(shared_url)
     database = "SQLite" if shared_url.startswith("sqlite") else "PostgreSQL"

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from datetime import date
 
 import pytest
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from leftfold.domain import Personal
+from leftfold.domain import DomainError, Event, Personal
 from leftfold.domain.items import StockSold
+from leftfold.domain.personal import note, noting
 
 
 class Guest(BaseModel):
@@ -83,3 +85,60 @@ def test_facts_of_an_event_hide_its_personal_field():
         invoice="536365", quantity=6, unit_price="2.55", country="", customer_id="17850"
     )
     assert "17850" not in repr(sold.facts())
+
+
+class Seen(Event, topic="test.seen"):
+    born: Personal[date] | None = None
+    name: Personal[str] | None = None
+
+
+class Banned(DomainError, message="{name} is banned"):
+    name: Personal[str]
+
+
+def test_the_value_in_a_personal_is_validated_too():
+    with pytest.raises(ValidationError):
+        Seen(born=Personal("the tenth of December"))
+    with pytest.raises(ValidationError):
+        Guest(name=Personal(17))
+
+
+def test_a_value_in_a_personal_is_converted_as_one_outside_is():
+    assert Seen(born=Personal("1815-12-10")).born.reveal() == date(1815, 12, 10)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Seen(born="Lovelace"),
+        lambda: Seen(born=Personal("Lovelace")),
+        lambda: Seen(surname="Lovelace"),
+    ],
+)
+def test_errors_of_events_do_not_quote_what_they_were_given(make):
+    with pytest.raises(ValidationError) as raised:
+        make()
+    assert "Lovelace" not in str(raised.value)
+
+
+def test_an_event_has_a_personal_value_of_its_own():
+    ada = Personal("Ada")
+    event = Seen(name=ada)
+    assert event.name == ada
+    assert event.name is not ada
+
+
+def test_an_error_shows_no_personal_fact():
+    error = Banned(Personal("Ada"))
+    assert json.loads(TypeAdapter(Banned).dump_json(error)) == {
+        "error": "Banned",
+        "message": "Personal(***) is banned",
+        "name": "Personal(***)",
+    }
+
+
+def test_blocks_that_note_what_is_revealed_nest():
+    with noting() as outer:
+        with noting() as inner:
+            note([Personal("Ada")])
+        assert len(inner) == len(outer) == 1

@@ -314,3 +314,20 @@ def test_purge_deletes_receipts_that_are_old_enough(shop):
     assert json.loads(done.stdout)["purged"] > 10
     done = leftfold("purge", store=shop, LEFTFOLD_RECEIPTS_KEPT="0.001")
     assert done.stdout == "0 receipts were deleted.\n"
+
+
+@pytest.mark.parametrize("command", [("forget", "17850"), ("purge",)])
+def test_a_store_that_is_not_there_is_not_made(tmp_path, command):
+    refused = leftfold(*command, store=f"sqlite:///{tmp_path}/typo.db")
+    assert (refused.returncode, one_line(refused)) == (1, True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_forget_finds_keys_that_lie_elsewhere(tmp_path):
+    url, keys = f"sqlite:///{tmp_path}/shop.db", f"sqlite:///{tmp_path}/keys.db"
+    assert leftfold("migrate", "--keys", keys, store=url).returncode == 0
+    assert (tmp_path / "keys.db").exists()
+    lost = leftfold("forget", "17850", store=url)
+    assert (lost.returncode, one_line(lost)) == (1, True)
+    done = leftfold("forget", "17850", "--keys", keys, "--json", store=url)
+    assert json.loads(done.stdout) == {"forgotten": False}
