@@ -15,6 +15,7 @@ from leftfold.application.memory import Hand
 from leftfold.application.ports import Access, EncodedEvent, Log, Platform, StoredSnapshot
 from leftfold.application.snapshots import SnapshotPolicy, shape_of
 from leftfold.domain import Aggregate, Event, project
+from leftfold.domain.personal import UNSEALED, TokensOnly
 
 Behind: TypeAlias = dict[UUID, tuple[type[Aggregate], Aggregate | None]]
 """What is to be read, and what is known of it: None, or an older state."""
@@ -117,14 +118,20 @@ class Loading:
         snapshots: list[StoredSnapshot] = []
         for aggregate in due:
             kind = type(aggregate)
+            keys = self._mapper.keys
+            tokens = None if keys is None else TokensOnly(keys)
+            snapshot_type: Any = aggregate.Snapshot  # typed by the library
             try:
-                taken: Any = aggregate.Snapshot.take(aggregate)  # typed by the library
+                taken = snapshot_type.take(aggregate, tokens)
                 state = self._mapper.encode(taken).state
             except Exception:  # noqa: BLE001 - what was committed is answered all the same
                 _log.exception("no snapshot of %s %s", kind.__name__, aggregate.id)
-            else:
-                shape = shape_of(kind)
-                snapshots.append(StoredSnapshot(aggregate.id, aggregate.version, shape, state))
+                continue
+            if tokens is not None and tokens.found_unsealed:
+                _log.error("no snapshot of %s %s: %s", kind.__name__, aggregate.id, UNSEALED)
+                continue
+            shape = shape_of(kind)
+            snapshots.append(StoredSnapshot(aggregate.id, aggregate.version, shape, state))
         if snapshots:
             self._keeping += 1
             self._platform.spawn(self._keep(snapshots))

@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 
 from leftfold.domain import clock
 from leftfold.domain.event import Created, Event
-from leftfold.domain.personal import Keys, Sealing
+from leftfold.domain.personal import Keys, Sealing, Writing
 
 A = TypeVar("A", bound="Aggregate")
 
@@ -43,9 +43,10 @@ class Snapshot(BaseModel, CanSnapshotAggregate[UUID]):
         super().__init_subclass__()
 
     @classmethod
-    def take(cls, aggregate: Any) -> Self:
+    def take(cls, aggregate: Any, writing: Writing | None = None) -> Self:
         """Take the snapshot of an aggregate that has no pending events.
 
+        `writing` says how personal data is written; as it is held if it is not given.
         Raises `TypeError` for an attribute without annotation, which would be lost.
         """
         state = {k: v for k, v in vars(aggregate).items() if k not in _BASE_ATTRIBUTES}
@@ -59,7 +60,7 @@ class Snapshot(BaseModel, CanSnapshotAggregate[UUID]):
             timestamp=clock.now(),
             topic=cls.TOPIC,
             state=_state_adapter(cls.aggregate_type).dump_python(
-                state, mode="json", context=Sealing()
+                state, mode="json", context=writing or Sealing()
             ),
             created_on=aggregate.created_on,
             modified_on=aggregate.modified_on,

@@ -21,7 +21,7 @@ from leftfold.application import (
 )
 from leftfold.application.items import Items, SellStock, item_stock
 from leftfold.application.snapshots import shape_of
-from leftfold.domain import Aggregate, Created, DomainError, Event, Ok
+from leftfold.domain import Aggregate, Created, DomainError, Event, Ok, Personal
 from leftfold.domain.items import Item
 from leftfold.infrastructure import Runtime, Settings
 from leftfold.infrastructure.stores import make_store
@@ -227,6 +227,38 @@ async def test_a_state_that_cannot_be_taken_or_made_again_does_not_stop_its_aggr
         async with Runtime(things, shared_url) as shop:
             (await shop.commands.dispatch(Grow())).unwrap()
     assert "no snapshot of Thing" in caplog.text
+
+
+async def test_personal_data_that_no_event_holds_is_in_no_snapshot(shared_url, caplog):
+    class Joined(Created, topic="test.joined"):
+        name: Personal[str]
+
+        def apply(self, guest):
+            guest.initial = Personal(str(self.name.reveal_or("?"))[:1])
+
+    class Guest(Aggregate, topic="test.guest", events=(Joined,)):
+        initial: Personal[str]
+
+    class Join(Command[Receipt, DomainError]):
+        """Join."""
+
+    class Guests(Service):
+        aggregates = (Guest,)
+
+        def handlers(self):
+            yield Join.handled_by(self.join)
+
+        def join(self, _):
+            guest = Guest.begin(Joined(name=Personal("Ada")), "ada")
+            return Ok(self.repository.save(guest))
+
+    guests = Model((Guest,), (Guests,), snapshots={Guest: SnapshotPolicy(every=1)})
+    async with Runtime(guests, shared_url) as house:
+        (await house.commands.dispatch(Join())).unwrap()
+    assert "personal data that no event holds" in caplog.text
+    with closing(make_store(Settings(store=shared_url))) as store:
+        store.open((), create_tables=False)
+        assert store.log.snapshots([Guest.id_of("ada")]) == []
 
 
 async def test_keeping_a_snapshot_is_in_no_commands_way(shared_url, register):
