@@ -193,7 +193,12 @@ class Personal(Generic[T_co]):
         ) -> Personal[Any]:
             if isinstance(value, Personal):
                 held = value._held
-                return value if isinstance(held, _Sealed) else _holding(held.fit(kind, validate))
+                if isinstance(held, _Sealed):
+                    return value
+                fitting = held.fitting
+                if fitting is None or fitting[0] is not kind:
+                    fitting = held.fit(kind, validate)
+                return _holding(fitting[1])
             keys = info.context
             if not isinstance(keys, Keys):
                 return _holding(_Clear(validate(value), is_copy=True))
@@ -219,7 +224,7 @@ class _Clear:
     So many lines of one invoice cost one check and one sealing.
     """
 
-    __slots__ = ("_fitting", "is_copy", "is_stored", "sealed", "value")
+    __slots__ = ("fitting", "is_copy", "is_stored", "sealed", "value")
 
     def __init__(self, value: Any, *, is_copy: bool = False, is_stored: bool = False) -> None:
         self.value = value
@@ -227,19 +232,18 @@ class _Clear:
         """It was validated: who holds it may hold it sealed. Else it is the program's own."""
         self.is_stored = is_stored
         """It was read from where it lies in the clear: from before there were keys."""
-        self._fitting: tuple[Any, _Clear] | None = None
+        self.fitting: tuple[Any, _Clear] | None = None
+        """The type that it was asked to be last, and the value as one of that."""
         self.sealed: _Sealed | None = None
         """What it was sealed as last."""
 
-    def fit(self, kind: Any, validate: Callable[[Any], Any]) -> _Clear:
-        """Return the value as one of a type. Raises pydantic's `ValidationError`."""
-        fitting = self._fitting
-        if fitting is None or fitting[0] is not kind:
-            value = validate(self.value)
-            is_same = self.is_copy and value is self.value
-            copy = self if is_same else _Clear(value, is_copy=True, is_stored=self.is_stored)
-            fitting = self._fitting = kind, copy
-        return fitting[1]
+    def fit(self, kind: Any, validate: Callable[[Any], Any]) -> tuple[Any, _Clear]:
+        """Make the value one of a type. Raises pydantic's `ValidationError`."""
+        value = validate(self.value)
+        is_same = self.is_copy and value is self.value
+        copy = self if is_same else _Clear(value, is_copy=True, is_stored=self.is_stored)
+        self.fitting = kind, copy
+        return self.fitting
 
     def seal(self, key: Key, kind: Any) -> _Sealed:
         """Return the value sealed under a key."""
