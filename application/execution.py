@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cache, partial
 from inspect import isawaitable
@@ -62,6 +62,8 @@ from leftfold.domain.personal import UNSEALED, Keys, TokensOnly
 
 WAITING = EncodedEvent(UUID(int=0), 0, "", b"")
 """Keeps the place of an event that waits for its subject's key."""
+LOOK_AHEAD = 8_000
+"""Commands of a batch whose first questions are answered together."""
 SEALINGS = 3
 """Times that keys are asked for; each subject could be forgotten between two of them."""
 
@@ -180,7 +182,7 @@ class Execution:
             await self._take_all(unit, wanted)
         values: list[Any] = []
         staged: list[_Staged] = []
-        for part in parts:
+        for number, part in enumerate(parts, 1):
             first = known.get(part.command_id) if known else None
             if first is not None:
                 values.append(_answer_again(part, first, self._mapper.keys))
@@ -189,7 +191,7 @@ class Execution:
             metadata.use(_metadata_of(part))
             begun = len(unit.events)
             try:
-                answer = await self._handle(unit, part, known, wanted)
+                answer = await self._handle(unit, part, known, wanted, parts[number:])
             except _Again:
                 raise
             except Exception:
@@ -228,7 +230,12 @@ class Execution:
         return is_fresh, self._log.commands(ids) if ids else {}
 
     async def _handle(
-        self, unit: Unit, part: Dispatch[Any], known: Known, wanted: Wanted
+        self,
+        unit: Unit,
+        part: Dispatch[Any],
+        known: Known,
+        wanted: Wanted,
+        later: Sequence[Dispatch[Any]],
     ) -> Outcome:
         """Call the handler, until all that it asks for is in memory."""
         begun = len(unit.events)
@@ -255,7 +262,36 @@ class Execution:
             is_touched = len(unit.events) > begun or unit.is_changed
             if not is_plain or is_touched or any(map(self._memory.is_taken, missing)):
                 raise _Again(known)
+            if later:
+                missing |= self._look_ahead(unit, later, known)
+                later = ()
             await self._take_all(unit, missing)
+
+    def _look_ahead(self, unit: Unit, parts: Sequence[Dispatch[Any]], known: Known) -> Wanted:
+        """Return what further commands ask for first, so that it is read together.
+
+        Their handlers are called with nothing at hand, and given up at their first question.
+        """
+        found: Wanted = {}
+        for part in parts[:LOOK_AHEAD]:
+            if part.handling.blocking or part.command_id in known:
+                continue
+            probe = Unit(self._memory)
+            probe.may_take = False
+            token = current_unit.set(probe)
+            try:
+                answer: Any = part.handling.handler(part.message)
+                if isinstance(answer, Coroutine):
+                    answer.close()
+            except NotInMemory as asked:
+                found.update(asked.wanted)
+            except Exception:  # noqa: BLE001, S110 - it will say so when its turn has come
+                pass
+            finally:
+                current_unit.reset(token)
+                probe.seal()
+        is_taken = self._memory.is_taken
+        return {i: kind for i, kind in found.items() if i not in unit.hands and not is_taken(i)}
 
     async def _take_all(self, unit: Unit, wanted: Mapping[UUID, type[Aggregate]]) -> None:
         """Take aggregates in hand in the order of their ids, waiting for each.

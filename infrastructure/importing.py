@@ -19,7 +19,7 @@ from leftfold.application.items import (
     RecordInvoice,
     RegisterItem,
 )
-from leftfold.domain import Err, Result
+from leftfold.domain import Err, LeftfoldError, Result
 from leftfold.domain.items import ItemAlreadyRegistered, ItemError
 from leftfold.infrastructure.errors import InfrastructureError
 from leftfold.infrastructure.platform import SystemPlatform
@@ -117,11 +117,18 @@ class _Import:
             self._progress("reading", 0, 0)
             found = await self._platform.in_thread(survey, self._path, text)
             self._namespace = uuid5(NAMESPACE_URL, f"leftfold:import:{found.digest}")
+            await self._provide_keys(found)
             await self._register(found)
             await self._record(found)
             self._runtime.follow()
             (await self._runtime.catch_up(CATCH_UP_TIMEOUT)).unwrap()
             return await self._sum_up(found)
+
+    async def _provide_keys(self, found: Survey) -> None:
+        try:
+            await self._runtime.provide_keys(found.customers)
+        except LeftfoldError as error:
+            self._stop(found, error)
 
     async def _register(self, found: Survey) -> None:
         commands: list[Identified] = [

@@ -98,6 +98,8 @@ class Survey:
     odd: list[tuple[int, str]] = field(default_factory=list)
     """Rows of no known shape: line and reason."""
     products: dict[str, Product] = field(default_factory=dict)
+    customers: set[str] = field(default_factory=set, repr=False)
+    """Whom its movements are about."""
 
 
 def survey(path: Path, copy: IO[bytes] | None = None) -> Survey:
@@ -117,6 +119,8 @@ def survey(path: Path, copy: IO[bytes] | None = None) -> Survey:
         if row.kind == "odd":
             found.odd.append((row.line, _oddity(row)))
             continue
+        if row.customer:
+            found.customers.add(row.customer)
         product = found.products.get(row.code)
         if product is None:
             product = found.products[row.code] = Product(row.at)

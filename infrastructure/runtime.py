@@ -166,6 +166,14 @@ class Runtime:
         """
         return await self._opened.platform.in_thread(self._keyring.forget, subject)
 
+    async def provide_keys(self, subjects: Iterable[str]) -> None:
+        """Make keys for subjects that have none, in few transactions.
+
+        Nobody has to: each is made when it is needed. It spares much waiting before an import.
+        Raises `InvalidSubject`, `KeysUnavailable`.
+        """
+        await self._opened.platform.in_thread(self._keyring.provide, subjects)
+
     async def purge_receipts(self) -> int:
         """Delete the receipts that are older than the setting `receipts_kept`; return how many.
 

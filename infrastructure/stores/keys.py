@@ -23,7 +23,7 @@ from leftfold.infrastructure.platform import Lock, monotonic
 from leftfold.infrastructure.settings import Settings, masked
 
 KEY_BITS = 256
-TOGETHER = 256
+TOGETHER = 1_024
 """Keys read or made at a time: those made together are often wanted together."""
 MIGRATE = "are missing, and may not be made here: run `leftfold migrate`"
 SQLITE = "sqlite:///"
