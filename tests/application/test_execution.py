@@ -924,3 +924,38 @@ async def test_a_unit_is_let_go_even_if_its_handler_still_saves_in_a_thread(shop
 
 def test_an_aggregate_without_a_topic_has_no_events():
     assert Aggregate.EVENTS == ()
+
+
+async def test_a_batch_reads_together_what_its_commands_first_ask_for(opened):
+    with opened() as shop:
+        skus = [f"S{n}" for n in range(20)]
+        await shop.register(*skus)
+        shop.execution._memory._idle.clear()
+        reads = []
+        genuine = shop.log.streams
+
+        def streams(ids, after=None):
+            reads.append(list(ids))
+            return genuine(ids, after or {})
+
+        shop.log.streams = streams
+        receive = [ReceiveStock(sku=sku, quantity=1) for sku in skus]
+        receipts = (await shop.bus.dispatch_all(receive)).unwrap()
+        assert len(receipts) == 20
+        assert [len(ids) for ids in reads] == [20]
+
+
+async def test_looking_ahead_has_no_effect(shop):
+    await shop.register("A", "B")
+    shop.execution._memory._idle.clear()
+    calls = []
+
+    def counted(command):
+        calls.append(command.sku)
+        return receive(shop)(command)
+
+    shop.add(Do.handled_by(counted))
+    first, second = (await shop.bus.dispatch_all([Do(sku="A"), Do(sku="B")])).unwrap()
+    assert (shop.on_hand("A"), shop.on_hand("B")) == (11, 11)
+    assert [version for r in (first, second) for _, version in r.aggregates] == [2, 2]
+    assert calls == ["A", "B", "A", "B"]
