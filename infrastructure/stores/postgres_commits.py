@@ -195,7 +195,8 @@ class _Link:
         self._loop = asyncio.get_running_loop()
         self._socket = self._libpq.socket
         self._is_prepared = False
-        self._answer: asyncio.Future[None] | None = None
+        self._awaited: asyncio.Future[None] | None = None
+        """That there is an answer, or that more can be sent."""
         self._loop.add_reader(self._socket, self._receive)
 
     async def prepare(self) -> None:
@@ -230,33 +231,39 @@ class _Link:
 
     async def _next(self) -> PGresult | None:
         while self._libpq.is_busy():
-            self._answer = self._loop.create_future()
-            await self._answer
+            self._awaited = self._loop.create_future()
+            await self._awaited
         return self._libpq.get_result()
 
     async def _flush(self) -> None:
         """Send what did not go at once; the server may have to be heard meanwhile."""
         while self._libpq.flush():
-            writable = asyncio.Event()
-            self._loop.add_writer(self._socket, writable.set)
+            self._awaited = self._loop.create_future()
+            self._loop.add_writer(self._socket, self._finish)
             try:
-                await writable.wait()
+                await self._awaited
             finally:
-                self._loop.remove_writer(self._socket)
+                if not self.is_closed:
+                    self._loop.remove_writer(self._socket)
 
     def _receive(self) -> None:
         """Take what the server says, also when nothing was asked: that it goes away."""
-        answer = self._answer
-        is_awaited = answer is not None and not answer.done()
         try:
             self._libpq.consume_input()
         except psycopg.Error as error:
-            self.close()
-            if answer is not None and is_awaited:
-                answer.set_exception(error)
+            self._close(error)
             return
-        if answer is not None and is_awaited and not self._libpq.is_busy():
-            answer.set_result(None)
+        if not self._libpq.is_busy():
+            self._finish()
+
+    def _finish(self, error: psycopg.Error | None = None) -> None:
+        awaited = self._awaited
+        if awaited is None or awaited.done():
+            return
+        if error is None:
+            awaited.set_result(None)
+        else:
+            awaited.set_exception(error)
 
     def close_soon(self) -> None:
         """Close it on its loop, from any thread; at once if the loop is over."""
@@ -267,8 +274,13 @@ class _Link:
             self._libpq.finish()
 
     def close(self) -> None:
-        """Close it, once."""
+        """Close it; whoever waits for it gets an error."""
+        self._close(psycopg.OperationalError("the connection was closed"))
+
+    def _close(self, error: psycopg.Error) -> None:
         if not self.is_closed:
             self.is_closed = True
             self._loop.remove_reader(self._socket)
+            self._loop.remove_writer(self._socket)
             self._libpq.finish()
+            self._finish(error)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+from uuid import uuid4
+
 import psycopg
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leftfold.application.ports import Failed, Group
+from leftfold.application.ports import EncodedEvent, Failed, Group, Save
 from leftfold.infrastructure.items import open_items
 from leftfold.infrastructure.stores.postgres_arrays import (
     bigints,
@@ -110,3 +113,31 @@ async def test_a_store_that_was_closed_commits_no_more(postgres_url, register):
         commits = shop._store._commits
     (verdict,) = await commits.commit([Group([])])
     assert verdict == Failed("the store is closed")
+
+
+@pytest.mark.anyio
+async def test_a_commit_larger_than_the_sockets_buffers_is_sent_whole(postgres_url, register):
+    async with open_items(postgres_url) as shop:
+        (await shop.commands.dispatch(register("A"))).unwrap()
+        events = [EncodedEvent(uuid4(), 1, "large", bytes(1_000_000)) for _ in range(30)]
+        saves = [Save(uuid4(), "Large", [e], ((e.aggregate_id, 1),), None) for e in events]
+        (verdict,) = await shop._store._commits.commit([Group(saves)])
+        assert len(verdict.positions) == 30
+        assert [e.state for e in shop._store.log.read(1, 2)] == [bytes(1_000_000)] * 2
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("size", [1, 30_000_000])
+async def test_who_waits_for_a_connection_that_is_closed_is_told(postgres_url, register, size):
+    async with open_items(postgres_url) as shop:
+        (await shop.commands.dispatch(register("A"))).unwrap()
+        commits = shop._store._commits
+        with psycopg.connect(postgres_url) as other:
+            other.execute("LOCK TABLE stored_events")
+            large = EncodedEvent(uuid4(), 1, "large", bytes(size))
+            save = Save(uuid4(), "Large", [large], ((large.aggregate_id, 1),), None)
+            waiting = asyncio.ensure_future(commits.commit([Group([save])]))
+            await asyncio.sleep(0.1)
+            commits._link.close()
+            (verdict,) = await asyncio.wait_for(waiting, 5)
+    assert verdict == Failed("the connection was closed", in_doubt=True)
