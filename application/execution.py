@@ -142,10 +142,9 @@ class Execution:
         except PersistenceError as error:
             return Err(EventStoreUnavailable(str(error)))
 
-    @property
     def waiting(self) -> int:
         """How many dispatches are not written yet, also those whose callers have gone away."""
-        return self._writer.waiting
+        return self._writer.waiting()
 
     async def drain(self) -> None:
         """Wait until all that was begun is written, also what nobody waits for any more."""

@@ -40,7 +40,6 @@ class Writer:
             self._platform.spawn(self._drain())
         return await answer
 
-    @property
     def waiting(self) -> int:
         """How many groups are not written yet, also those whose callers have gone away."""
         return len(self._waiting) + self._writing

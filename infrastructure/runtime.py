@@ -386,7 +386,7 @@ class _Parts:
             snapshots=model.snapshots,
             committed=self._wake,
         )
-        self._admission = Admission(settings.max_commands, lambda: self._execution.waiting)
+        self._admission = Admission(settings.max_commands, self._execution.waiting)
         self.commands = CommandBus(
             (
                 *around,

@@ -106,6 +106,55 @@ async def test_a_cancellation_from_outside_is_no_timeout():
         await task
 
 
+async def test_each_command_has_its_own_time():
+    bus = bus_of(lambda serve: wait(float(serve.table)), timeout(0.1))
+
+    async def serve(begins, lasts):
+        await asyncio.sleep(begins)
+        return await bus.dispatch(Serve(table=str(lasts)), command_id=ID)
+
+    times = [(0, 0.01), (0, 0.5), (0.05, 0.08), (0.06, 0.5), (0.25, 0.01), (0.3, 0.5)]
+    outcomes = await asyncio.gather(*(serve(*each) for each in times))
+    late = Err(OutcomeUnknown(ID))
+    assert outcomes == [Ok(1), late, Ok(1), late, Ok(1), late]
+
+
+async def wait(seconds):
+    await asyncio.sleep(seconds)
+    return Ok(1)
+
+
+async def test_a_shorter_time_around_it_ends_as_it_would_alone():
+    bus = bus_of(lambda _: wait(5), timeout(0.05))
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.01):
+            await bus.dispatch(Serve())
+    async with asyncio.timeout(1):
+        assert await bus.dispatch(Serve(), command_id=ID) == Err(OutcomeUnknown(ID))
+    assert asyncio.current_task().cancelling() == 0
+
+
+async def test_a_handler_that_answers_though_it_is_cancelled_is_heard():
+    async def stubborn(_):
+        try:
+            await asyncio.sleep(5)
+        except asyncio.CancelledError:
+            return Ok(7)
+
+    assert await bus_of(stubborn, timeout(0.01)).dispatch(Serve()) == Ok(7)
+    assert asyncio.current_task().cancelling() == 0
+    await asyncio.sleep(0)
+
+
+async def test_a_timeout_of_the_handlers_own_is_raised():
+    async def impatient(_):
+        async with asyncio.timeout(0.01):
+            await asyncio.sleep(5)
+
+    with pytest.raises(TimeoutError):
+        await bus_of(impatient, timeout(1)).dispatch(Serve())
+
+
 # Conflict retry
 
 

@@ -104,7 +104,7 @@ async def test_what_those_who_went_away_left_to_be_written_takes_room_too(shared
                 continue
             refused += outcome == Err(Overloaded(5))
         assert refused
-        assert shop._opened._execution.waiting == 5
+        assert shop._opened._execution.waiting() == 5
         may_commit.set()
         await asyncio.sleep(0.2)
         assert (await shop.commands.dispatch(register("B"))).is_ok()
