@@ -167,7 +167,7 @@ def sizes_for(draw, number):
 
 @given(st.data())
 @settings(
-    max_examples=max(60, CASES // 2),
+    max_examples=max(60, CASES // 5),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
@@ -186,7 +186,7 @@ def test_groups_that_are_committed_together_fare_as_those_committed_one_by_one(l
 
 @given(st.data())
 @settings(
-    max_examples=max(40, CASES // 4),
+    max_examples=max(40, CASES // 10),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -35,7 +35,7 @@ sys.path.append(str(Path(__file__).parent))  # tests are no package
 from histories import DEATHS, LOSSES, Answer, History, Job, check_history, effects
 
 CASES = int(os.environ.get("LEFTFOLD_LAW_CASES", "200"))
-SEEDS = range(max(3, CASES // 200))
+SEEDS = range(max(3, CASES // 400))
 SKUS = ("A", "B", "C", "D", "E")
 PROGRAM = str(Path(__file__).with_name("histories.py"))
 SUPERVISOR = "import runpy; runpy.run_path(sys.argv[2], run_name='__main__')"
