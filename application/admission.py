@@ -12,15 +12,15 @@ from leftfold.domain import Err
 
 
 class Admission:
-    """The outermost middleware of a runtime's own: it knows what is under way."""
+    """Middleware around the timeout and all that is inside of it: it knows what is under way."""
 
-    def __init__(self, limit: int | None = None, left_behind: Callable[[], int] = int) -> None:
-        """Let in at most `limit` dispatches at a time; none if as many were `left_behind`.
+    def __init__(self, limit: int | None = None, unwritten: Callable[[], int] = int) -> None:
+        """Let in at most `limit` dispatches at a time; none while as many are `unwritten`.
 
-        Those are still to be written, though their callers have gone away.
+        Some of those may have been left behind by callers who went away.
         """
         self._limit = limit
-        self._left_behind = left_behind
+        self._unwritten = unwritten
         self._running = 0
         self._is_closed = False
         self._idle: asyncio.Future[None] | None = None
@@ -30,7 +30,7 @@ class Admission:
         if self._is_closed:
             return Err(ShuttingDown())
         limit = self._limit
-        if limit is not None and (self._running >= limit or self._left_behind() >= limit):
+        if limit is not None and (self._running >= limit or self._unwritten() >= limit):
             return Err(Overloaded(limit))
         self._running += 1
         try:

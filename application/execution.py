@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cache, partial
 from inspect import isawaitable
@@ -258,12 +259,14 @@ class Execution:
             except (NotInMemory, BaseExceptionGroup) as error:
                 missing = _missing(error)
             wanted.update(missing)
+            if self._log.is_local:  # a handler that always wants more does not hold the loop
+                await self._platform.sleep(0)
             is_touched = len(unit.events) > begun or unit.is_changed
             if not is_plain or is_touched or any(map(self._memory.is_taken, missing)):
                 raise _Again(known)
-            if later:
+            if later and not unit.has_looked_ahead:
+                unit.has_looked_ahead = True
                 missing |= self._look_ahead(unit, later, known)
-                later = ()
             await self._take_all(unit, missing)
 
     def _look_ahead(self, unit: Unit, parts: Sequence[Dispatch[Any]], known: Known) -> Wanted:
@@ -282,6 +285,8 @@ class Execution:
                 answer: Any = part.handling.handler(part.message)
                 if isinstance(answer, Coroutine):
                     answer.close()
+                elif isinstance(answer, asyncio.Future):
+                    answer.cancel()
             except NotInMemory as asked:
                 found.update(asked.wanted)
             except Exception:  # noqa: BLE001, S110 - it will say so when its turn has come
@@ -297,8 +302,6 @@ class Execution:
 
         Those that are not in memory are read, of those that are behind what they miss.
         """
-        if self._log.is_local:
-            await self._platform.sleep(0)  # a handler that always wants more does not hold the loop
         absent: Behind = {}
         for aggregate_id in sorted(wanted, key=_number):
             aggregate, is_current = await self._memory.take(aggregate_id)
@@ -365,9 +368,7 @@ class Execution:
             await self._confirm(unit, parts, known)
             return Err(refusal)
         unit.seal()
-        saved: Collection[UUID] = staged[0].versions
-        if len(staged) > 1:
-            saved = {aggregate_id for each in staged for aggregate_id in each.versions}
+        saved = {event.originator_id for each in staged for event in each.events}
         looked_at = unit.based_on(saved) if len(unit.hands) > len(saved) else {}
         unit.believed = Believed.BEHIND  # also if nobody waits for the verdict any more
         verdict = await self._writer.write(Group(saves, tuple(looked_at.items())))
@@ -433,8 +434,8 @@ def _complete(staged: Sequence[_Staged], positions: Sequence[int]) -> None:
         receipt = each.value
         if isinstance(receipt, Receipt):  # frozen for all but the runtime
             object.__setattr__(receipt, "position", position)
-            if len(receipt.aggregates) < len(each.versions):  # it was not of the last `save`
-                object.__setattr__(receipt, "aggregates", tuple(each.versions.items()))
+            # It may be of an earlier `save`.
+            object.__setattr__(receipt, "aggregates", tuple(each.versions.items()))
 
 
 def _same(moment: datetime) -> datetime:

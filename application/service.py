@@ -61,6 +61,7 @@ class Unit:
         "command_id",
         "events",
         "hands",
+        "has_looked_ahead",
         "may_take",
         "sealed",
         "versions",
@@ -77,6 +78,7 @@ class Unit:
         self.believed = Believed.BEFORE
         self.may_take = True
         """The handler runs on the loop, where what is free can be taken in passing."""
+        self.has_looked_ahead = False
         self.sealed = False
 
     def find(self, aggregate_type: type[A], aggregate_ids: Sequence[UUID]) -> list[A | None]:
@@ -145,10 +147,8 @@ class Unit:
 
     def let_go(self) -> None:
         """Let others use the aggregates, and keep in memory what can be believed."""
-        is_after, is_current = (
-            self.believed is Believed.AFTER,
-            self.believed is not Believed.BEHIND,
-        )
+        is_after = self.believed is Believed.AFTER
+        is_current = self.believed is not Believed.BEHIND
         for aggregate_id, hand in list(self.hands.items()):
             if hand.is_taken:
                 aggregate = hand.after() if is_after else hand.before()

@@ -28,8 +28,6 @@ from leftfold.infrastructure.runtime import Runtime
 
 BATCH_ROWS = 8_000
 """Rows after which a transaction is full; an invoice is never split."""
-HANDLERS_BEGIN = 0.02
-"""Seconds after which the handlers of a batch have begun: its ids were looked up."""
 CATCH_UP_TIMEOUT = 600.0
 """Seconds that the view may need for what is left after the last invoice."""
 
@@ -160,9 +158,7 @@ class _Import:
         batch = await self._platform.in_thread(_next, batches)
         while batch is not None:
             dispatched = self._platform.spawn(self._record_batch(found, batch))
-            # Reading goes on while the database commits, and not beside the handlers, which hold
-            # the loop, and this, until they are done: a thread would only slow them down.
-            await self._platform.sleep(HANDLERS_BEGIN)
+            # Reading goes on while the database commits.
             batch_after = await self._platform.in_thread(_next, batches)
             await dispatched
             batch = batch_after

@@ -30,6 +30,15 @@ class Run(NamedTuple):
     """Of each group: the version that an aggregate must be at, by the number of its id."""
 
 
+def halves(run: Run) -> tuple[Run, Run]:
+    """Part a run in two."""
+    middle = len(run.groups) // 2
+    return (
+        Run(run.groups[:middle], run.bases[:middle]),
+        Run(run.groups[middle:], run.bases[middle:]),
+    )
+
+
 def runs(groups: Sequence[Group]) -> Iterator[Run | None]:
     """Part groups, in their order, into runs; None stands for a group that contradicts itself.
 

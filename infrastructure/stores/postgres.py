@@ -57,6 +57,7 @@ from leftfold.infrastructure.stores.common import (
     Run,
     Tables,
     encoded,
+    halves,
     load_aggregates,
     runs,
 )
@@ -67,7 +68,6 @@ from leftfold.infrastructure.stores.postgres_commits import (
     arrays,
     columns,
     failed,
-    halves,
     judged,
     without_values,
 )

@@ -7,6 +7,7 @@ nothing is needed here, and a small commit would spend half of its time on it.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
@@ -27,7 +28,7 @@ from leftfold.application.ports import (
     Stale,
     Verdict,
 )
-from leftfold.infrastructure.stores.common import Run, dump_aggregates, runs
+from leftfold.infrastructure.stores.common import Run, dump_aggregates, halves, runs
 from leftfold.infrastructure.stores.postgres_arrays import (
     Packed,
     bigints,
@@ -42,10 +43,10 @@ from leftfold.infrastructure.stores.postgres_schema import COMMIT_PARAMETERS
 
 AsyncConnection = psycopg.AsyncConnection[TupleRow]
 
-OF_THE_DATA = ("22", "23", "54", "P0")
-"""Classes of errors that are about what is written: data, constraints, limits, code."""
+OF_THE_DATA = ("22", "23", "P0")
+"""Classes of errors that are about what is written: data, constraints, triggers."""
 REFUSALS: Mapping[str, Verdict] = {"stale": Stale(), "repeated": Repeated()}
-STATEMENT = b"leftfold_commit"
+STATEMENT, STATEMENT_IS_GONE = b"leftfold_commit", "26000"
 NUMBERED = ", ".join(f"${n}::{kind}" for n, kind in enumerate(COMMIT_PARAMETERS, 1))
 SQL = f"SELECT * FROM leftfold_commit({NUMBERED})".encode()
 
@@ -116,15 +117,6 @@ def failed(error: psycopg.Error, *, is_sent: bool) -> Failed:
     return Failed(without_values(error), in_doubt, is_refusal=code[:2] in OF_THE_DATA)
 
 
-def halves(run: Run) -> tuple[Run, Run]:
-    """Part a run in two."""
-    middle = len(run.groups) // 2
-    return (
-        Run(run.groups[:middle], run.bases[:middle]),
-        Run(run.groups[middle:], run.bases[middle:]),
-    )
-
-
 def without_values(error: psycopg.Error) -> str:
     """Say what is wrong; the server's details, and its texts on data, quote rows."""
     if isinstance(error, psycopg.DataError):
@@ -162,6 +154,8 @@ class LoopCommits:
                 is_sent = True
                 answer = await link.ask((*given, b"%d" % len(run.groups)))
         except psycopg.Error as error:
+            if error.sqlstate == STATEMENT_IS_GONE and self._link is not None:
+                self._link.close()  # a new one prepares it again
             verdict = failed(error, is_sent=is_sent)
             if verdict.is_refusal and len(run.groups) > 1:  # somebody else's fault
                 return [v for half in halves(run) for v in await self._commit(half)]
@@ -174,7 +168,11 @@ class LoopCommits:
             msg = "the store is closed"
             raise psycopg.OperationalError(msg)
         if self._link is None or self._link.is_closed:
-            self._link = _Link(await self._connect())
+            link = _Link(await self._connect())
+            if self._is_closed:  # meanwhile
+                link.close()
+                return await self._connected()
+            self._link = link
         return self._link
 
     def close(self) -> None:
@@ -193,10 +191,12 @@ class _Link:
         self.is_closed = False
         self._libpq = connection.pgconn
         self._loop = asyncio.get_running_loop()
-        self._socket = self._libpq.socket
+        # A descriptor of our own: libpq closes its by itself when the connection is lost, and the
+        # loop could no longer be told to forget it.
+        self._socket = os.dup(self._libpq.socket)
         self._is_prepared = False
         self._awaited: asyncio.Future[None] | None = None
-        """That there is an answer, or that more can be sent."""
+        """That there is an answer, that more can be sent, or that it was closed."""
         self._loop.add_reader(self._socket, self._receive)
 
     async def prepare(self) -> None:
@@ -215,7 +215,13 @@ class _Link:
     async def _result(self, expected: ExecStatus) -> PGresult:
         """Send all, and receive all. One that is given up is closed: its answer would come late."""
         try:
-            await self._flush()
+            while self._libpq.flush():  # the server may have to be heard meanwhile
+                self._loop.add_writer(self._socket, self._wake)
+                try:
+                    await self._change()
+                finally:
+                    if not self.is_closed:
+                        self._loop.remove_writer(self._socket)
             result = await self._next()
             while await self._next() is not None:
                 pass
@@ -231,39 +237,28 @@ class _Link:
 
     async def _next(self) -> PGresult | None:
         while self._libpq.is_busy():
-            self._awaited = self._loop.create_future()
-            await self._awaited
+            await self._change()
         return self._libpq.get_result()
 
-    async def _flush(self) -> None:
-        """Send what did not go at once; the server may have to be heard meanwhile."""
-        while self._libpq.flush():
-            self._awaited = self._loop.create_future()
-            self._loop.add_writer(self._socket, self._finish)
-            try:
-                await self._awaited
-            finally:
-                if not self.is_closed:
-                    self._loop.remove_writer(self._socket)
+    async def _change(self) -> None:
+        self._awaited = self._loop.create_future()
+        await self._awaited
+        if self.is_closed:
+            msg = "the connection was closed"
+            raise psycopg.OperationalError(msg)
 
     def _receive(self) -> None:
         """Take what the server says, also when nothing was asked: that it goes away."""
         try:
             self._libpq.consume_input()
-        except psycopg.Error as error:
-            self._close(error)
-            return
-        if not self._libpq.is_busy():
-            self._finish()
-
-    def _finish(self, error: psycopg.Error | None = None) -> None:
-        awaited = self._awaited
-        if awaited is None or awaited.done():
-            return
-        if error is None:
-            awaited.set_result(None)
+        except psycopg.Error:
+            self.close()
         else:
-            awaited.set_exception(error)
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._awaited is not None and not self._awaited.done():
+            self._awaited.set_result(None)
 
     def close_soon(self) -> None:
         """Close it on its loop, from any thread; at once if the loop is over."""
@@ -272,15 +267,14 @@ class _Link:
         except RuntimeError:
             self.is_closed = True
             self._libpq.finish()
+            os.close(self._socket)
 
     def close(self) -> None:
-        """Close it; whoever waits for it gets an error."""
-        self._close(psycopg.OperationalError("the connection was closed"))
-
-    def _close(self, error: psycopg.Error) -> None:
+        """Close it, once; whoever waits for it gets an error."""
         if not self.is_closed:
             self.is_closed = True
             self._loop.remove_reader(self._socket)
             self._loop.remove_writer(self._socket)
+            os.close(self._socket)
             self._libpq.finish()
-            self._finish(error)
+            self._wake()

@@ -62,6 +62,7 @@ from leftfold.infrastructure.stores.common import (
     as_uuid,
     dump_aggregates,
     encoded,
+    halves,
     load_aggregates,
     runs,
 )
@@ -272,7 +273,7 @@ class SQLiteLog(Notifying, SQLiteProcessRecorder):
         except (DataError, IntegrityError) as error:  # something refuses just what is in a group
             if len(run.groups) == 1:
                 return [Failed(type(error).__name__, is_refusal=True)]
-            return [v for g, b in zip(*run, strict=True) for v in self._commit(Run([g], [b]))]
+            return [v for half in halves(run) for v in self._commit(half)]
         except PersistenceError as error:
             # SQLite is in this process: a commit that fails is rolled back.
             return [Failed(str(error))] * len(run.groups)

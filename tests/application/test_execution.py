@@ -959,3 +959,83 @@ async def test_looking_ahead_has_no_effect(shop):
     assert (shop.on_hand("A"), shop.on_hand("B")) == (11, 11)
     assert [version for r in (first, second) for _, version in r.aggregates] == [2, 2]
     assert calls == ["A", "B", "A", "B"]
+
+
+async def test_commands_of_a_batch_that_ask_in_two_steps_are_called_a_few_times_each(shop):
+    skus = [f"S{n}" for n in range(60)]
+    await shop.register(*skus)
+    shop.execution._memory._idle.clear()
+    calls = 0
+
+    def move(command):
+        nonlocal calls
+        calls += 1
+        source = shop.repository.load(Item, Item.id_of(command.sku))
+        target = shop.repository.load(Item, Item.id_of(f"S{(int(command.sku[1:]) + 30) % 60}"))
+        source.sell(1, "1")
+        target.receive(1)
+        return Ok(shop.repository.save(source, target))
+
+    shop.add(Do.handled_by(move))
+    (await shop.bus.dispatch_all([Do(sku=sku) for sku in skus])).unwrap()
+    assert calls <= 4 * len(skus)
+    assert shop.on_hand("S0") == 10
+
+
+async def test_what_is_saved_unchanged_is_judged_too(shops):
+    one, other = shops
+    await one.register("A", "B")
+
+    def receive_while_there_are_ten(command):
+        item, looked_at = one.repository.find_all(Item, [Item.id_of("A"), Item.id_of("B")])
+        item.receive(looked_at.on_hand)
+        return Ok(one.repository.save(item, looked_at))
+
+    one.add(Do.handled_by(receive_while_there_are_ten))
+    (await one.bus.dispatch(Do())).unwrap()
+    (await other.bus.dispatch(ReceiveStock(sku="B", quantity=5))).unwrap()
+    assert isinstance((await one.bus.dispatch(Do())).error, Conflict)
+    (await one.bus.dispatch(Do())).unwrap()
+    assert one.on_hand("A") == 10 + 10 + 15
+
+
+async def test_two_commands_that_miss_the_same_items_in_another_order_do_not_deadlock(opened):
+    with opened(timeout(1)) as shop:
+        ids = sorted([Item.id_of("A"), Item.id_of("B")], key=lambda i: i.int)
+
+        class Ask(Do):
+            """Ask for items, one after the other or together."""
+
+        def one_by_one(_):
+            for item_id in reversed(ids):
+                shop.repository.find(Item, item_id)
+            return Ok(shop.repository.save())
+
+        def together(_):
+            shop.repository.find_all(Item, ids)
+            return Ok(shop.repository.save())
+
+        shop.add(Do.handled_by(one_by_one), Ask.handled_by(together))
+        for _ in range(20):
+            dispatches = [shop.bus.dispatch(Do()), shop.bus.dispatch(Ask())]
+            outcomes = await asyncio.gather(*dispatches)
+            assert all(outcome.is_ok() for outcome in outcomes)
+            shop.execution._memory._idle.clear()
+
+
+async def test_a_receipt_of_an_earlier_save_names_the_last_versions(shop):
+    await shop.register("A")
+
+    def save_twice(command):
+        item = shop.repository.load(Item, Item.id_of("A"))
+        item.receive(1)
+        receipt = shop.repository.save(item)
+        item.receive(1)
+        shop.repository.save(item)
+        return Ok(receipt)
+
+    shop.add(Do.handled_by(save_twice))
+    receipt = (await shop.bus.dispatch(Do(), command_id=ID)).unwrap()
+    assert receipt.aggregates == ((Item.id_of("A"), 3),)
+    again = (await shop.bus.dispatch(Do(), command_id=ID)).unwrap()
+    assert again == replace(receipt, repeated=True)

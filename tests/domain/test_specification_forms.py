@@ -9,7 +9,6 @@ from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from decimal import Decimal, localcontext
 from enum import Enum, StrEnum
 from pathlib import Path
-from time import perf_counter
 from types import SimpleNamespace
 from typing import Literal, NewType
 from uuid import UUID
@@ -708,9 +707,9 @@ WIDE = {
 
 @pytest.mark.parametrize("ask", WIDE.values(), ids=WIDE)
 def test_logic_is_bounded_in_time(ask):
-    begin = perf_counter()
+    begin = process_time()
     ask()
-    assert perf_counter() - begin < 5  # each took minutes, or hours, when it looked at all pairs
+    assert process_time() - begin < 5  # each took minutes, or hours, when it looked at all pairs
 
 
 def test_long_lists_are_proved_from():

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 from uuid import uuid4
 
 import psycopg
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from proxy import Proxy
 
 from leftfold.application.ports import EncodedEvent, Failed, Group, Save
+from leftfold.infrastructure import Settings
 from leftfold.infrastructure.items import open_items
+from leftfold.infrastructure.settings import load_settings
+from leftfold.infrastructure.stores import make_store
 from leftfold.infrastructure.stores.postgres_arrays import (
     bigints,
     byteas,
@@ -141,3 +147,59 @@ async def test_who_waits_for_a_connection_that_is_closed_is_told(postgres_url, r
             commits._link.close()
             (verdict,) = await asyncio.wait_for(waiting, 5)
     assert verdict == Failed("the connection was closed", in_doubt=True)
+
+
+@pytest.fixture
+def proxy(postgres_url):
+    parts = urlsplit(postgres_url)
+    directory = parse_qs(parts.query)["host"][0]
+    proxy = Proxy(next(Path(directory).glob(".s.PGSQL.*[0-9]")))
+    proxy.url = f"postgresql://postgres@127.0.0.1:{proxy.port}{parts.path}"
+    yield proxy
+    proxy.close()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("harm", [Proxy.half_close, Proxy.cut])
+async def test_a_connection_that_is_lost_while_much_is_sent_is_replaced(proxy, register, harm):
+    async with open_items(settings=Settings(store=proxy.url, command_timeout=5)) as shop:
+        (await shop.commands.dispatch(register("A"))).unwrap()
+        large = EncodedEvent(uuid4(), 1, "large", bytes(12_000_000))
+        save = Save(uuid4(), "Large", [large], ((large.aggregate_id, 1),), None)
+        proxy.delay = 0.05  # so that it is on its way for long
+        sending = asyncio.ensure_future(shop._store._commits.commit([Group([save])]))
+        await asyncio.sleep(0.2)
+        harm(proxy)
+        (verdict,) = await asyncio.wait_for(sending, 5)
+        assert verdict.in_doubt
+        proxy.delay = 0
+        proxy.cut()
+        for sku in ("B", "C"):
+            assert (await shop.commands.dispatch(register(sku))).is_ok()
+
+
+@pytest.mark.anyio
+async def test_a_statement_that_the_server_has_forgotten_is_prepared_again(postgres_url, register):
+    async with open_items(postgres_url) as shop:
+        (await shop.commands.dispatch(register("A"))).unwrap()
+        await shop._store._commits._link.connection.execute("DEALLOCATE ALL")
+        (await shop.commands.dispatch(register("B"))).unwrap()
+
+
+@pytest.mark.anyio
+async def test_a_store_that_is_closed_while_it_connects_leaves_no_connection(postgres_url):
+    store = make_store(load_settings(store=postgres_url))
+    store.open((), create_tables=True)
+    connecting = asyncio.ensure_future(store._commits.commit([Group([])]))
+    await asyncio.sleep(0)
+    store.close()
+    (verdict,) = await connecting
+    assert verdict == Failed("the store is closed")
+    with psycopg.connect(postgres_url) as other:
+        query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+        for _ in range(100):
+            if other.execute(query).fetchone() == (1,):
+                break
+            await asyncio.sleep(0.02)
+        else:
+            pytest.fail("a connection is left")
