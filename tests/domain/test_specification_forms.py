@@ -9,6 +9,7 @@ from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from decimal import Decimal, localcontext
 from enum import Enum, StrEnum
 from pathlib import Path
+from time import process_time
 from types import SimpleNamespace
 from typing import Literal, NewType
 from uuid import UUID
