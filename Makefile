@@ -27,6 +27,7 @@ check: $(VENV)/.installed ## style, types, layers
 bench: $(VENV)/.installed ## ratios against plain eventsourcing, in one run
 	$(BIN)/python benchmarks/replay.py
 	$(BIN)/python benchmarks/one_caller.py
+	$(BIN)/python benchmarks/many_callers.py
 	$(BIN)/python benchmarks/dispatch.py
 	$(BIN)/python benchmarks/specifications.py
 	$(BIN)/python benchmarks/shop_import.py

@@ -158,7 +158,7 @@ def measure(path: Path, kind: str, rounds: int) -> None:
             movements, on_hand = json.loads(output)
             outcomes["plain"] = movements, on_hand
 
-        target = "3x" if kind == "sqlite" else ""
+        target = {"sqlite": "4x", "postgresql": "5x"}[kind]
         compare(f"import, {kind}, view included", ours, plain, target, rounds=rounds)
     known = [peak for peak in memory if peak is not None]
     if known:
