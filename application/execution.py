@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import cache, partial
 from inspect import isawaitable
@@ -282,15 +283,15 @@ class Execution:
             probe.may_take = False
             token = current_unit.set(probe)
             try:
-                answer: Any = part.handling.handler(part.message)
-                if isinstance(answer, Coroutine):
-                    answer.close()
-                elif isinstance(answer, asyncio.Future):
-                    answer.cancel()
+                # What it raises counts when its turn has come, and only then: it is called again.
+                with suppress(Exception):
+                    answer: Any = part.handling.handler(part.message)
+                    if isinstance(answer, Coroutine):
+                        answer.close()
+                    elif isinstance(answer, asyncio.Future):
+                        answer.cancel()
             except NotInMemory as asked:
                 found.update(asked.wanted)
-            except Exception:  # noqa: BLE001, S110 - it will say so when its turn has come
-                pass
             finally:
                 current_unit.reset(token)
                 probe.seal()
@@ -397,7 +398,7 @@ class Execution:
         """Return where saves in doubt were written; None if that is not known."""
         try:
             done, is_ours = await self._read(self._settle, saves)
-        except Exception:  # noqa: BLE001 - the store is failing; what counts is the doubt
+        except Exception:  # noqa: BLE001 - to raise it would say that nothing was written
             return None
         if len(done) < len(saves):
             return None

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 from uuid import UUID
 
 from eventsourcing.persistence import PersistenceError
 
-from leftfold.application.errors import DispatchError, EventStoreUnavailable
+from leftfold.application.errors import EventStoreUnavailable, UnreadableEventError
 from leftfold.application.mapper import EventMapper
 from leftfold.application.memory import Hand
-from leftfold.application.ports import Access, EncodedEvent, Log, Platform, StoredSnapshot
+from leftfold.application.ports import Access, Log, Platform, StoredSnapshot
 from leftfold.application.snapshots import SnapshotPolicy, shape_of
-from leftfold.domain import Aggregate, Event, project
-from leftfold.domain.personal import UNSEALED, TokensOnly
+from leftfold.domain import Aggregate, Event, LeftfoldError, project
 
 Behind: TypeAlias = dict[UUID, tuple[type[Aggregate], Aggregate | None]]
 """What is to be read, and what is known of it: None, or an older state."""
@@ -103,14 +102,13 @@ class Loading:
             kind = absent[snapshot.aggregate_id]
             if snapshot.shape != shape_of(kind):
                 continue
-            topic = kind.Snapshot.TOPIC  # type: ignore[attr-defined]  # the library types it by its own dataclass
-            stored = EncodedEvent(snapshot.aggregate_id, snapshot.version, topic, snapshot.state)
             try:
-                kept[snapshot.aggregate_id] = self._mapper.decode(*stored).mutate(None)
-            except (PersistenceError, DispatchError):  # the keys are away
-                raise
-            except Exception as error:  # noqa: BLE001 - its stream is whole all the same
-                _log.warning("a snapshot of %s is left aside: %s", kind.__name__, error)
+                stored = self._mapper.decode(
+                    snapshot.aggregate_id, snapshot.version, kind.SNAPSHOT.TOPIC, snapshot.state
+                )
+                kept[snapshot.aggregate_id] = stored.mutate(None)
+            except UnreadableEventError as error:  # its stream is whole all the same
+                _log.warning("a snapshot is left aside: %s", error)
         return kept
 
     def _keep_soon(self, due: Sequence[Aggregate]) -> None:
@@ -118,20 +116,13 @@ class Loading:
         snapshots: list[StoredSnapshot] = []
         for aggregate in due:
             kind = type(aggregate)
-            keys = self._mapper.keys
-            tokens = None if keys is None else TokensOnly(keys)
-            snapshot_type: Any = aggregate.Snapshot  # typed by the library
             try:
-                taken = snapshot_type.take(aggregate, tokens)
-                state = self._mapper.encode(taken).state
-            except Exception:  # noqa: BLE001 - what was committed is answered all the same
-                _log.exception("no snapshot of %s %s", kind.__name__, aggregate.id)
-                continue
-            if tokens is not None and tokens.found_unsealed:
-                _log.error("no snapshot of %s %s: %s", kind.__name__, aggregate.id, UNSEALED)
-                continue
-            shape = shape_of(kind)
-            snapshots.append(StoredSnapshot(aggregate.id, aggregate.version, shape, state))
+                state = self._mapper.encode(kind.SNAPSHOT.take(aggregate)).state
+            except (LeftfoldError, TypeError, ValueError) as error:  # pydantic's among the last
+                _log.warning("no snapshot of %s %s: %s", kind.__name__, aggregate.id, error)
+            else:
+                shape = shape_of(kind)
+                snapshots.append(StoredSnapshot(aggregate.id, aggregate.version, shape, state))
         if snapshots:
             self._keeping += 1
             self._platform.spawn(self._keep(snapshots))

@@ -22,7 +22,7 @@ from leftfold.application.ports import EncodedEvent
 from leftfold.domain import Aggregate, Event, Snapshot
 from leftfold.domain.event import upcast, upcast_gap
 from leftfold.domain.metadata import NO_METADATA, Metadata
-from leftfold.domain.personal import Keys, SealingOf
+from leftfold.domain.personal import Keys, UnsealedError, Writing
 
 _METADATA = tuple(field.name for field in fields(Metadata))
 _NOT_STORED = {"originator_id", "originator_version", "metadata"}
@@ -66,8 +66,8 @@ class EventMapper(Mapper[UUID]):
         types: dict[str, type[Event | Snapshot]] = {}
         topics: dict[str, str] = {}
         for aggregate in aggregates:
-            snapshot: Any = aggregate.Snapshot  # typed by the library as its own dataclass
-            for event_type in (*aggregate.EVENTS, snapshot):
+            stored: list[type[Event | Snapshot]] = [*aggregate.EVENTS, aggregate.SNAPSHOT]
+            for event_type in stored:
                 for topic in (event_type.TOPIC, *getattr(event_type, "ALIASES", ())):
                     if not topic or types.get(topic, event_type) != event_type:
                         raise InvalidModelError(f"{event_type.__name__}: topic missing or taken")
@@ -101,21 +101,18 @@ class EventMapper(Mapper[UUID]):
         """Encode an event or snapshot as JSON.
 
         Raises `UnknownTopicError` and `KeysWanted`; for personal data `SubjectMissingError`,
-        `OtherSubjectError`, `KeysUnavailable`, `PersonalDataErased`.
+        `OtherSubjectError`, `KeysUnavailable`, `PersonalDataErased`, in snapshots `UnsealedError`.
         """
         event_type = type(event)
         topic: str = event_type.TOPIC
         if self.types.get(topic) is not event_type:
             raise UnknownTopicError(topic or event_type.__name__)
-        sealing = None if self.keys is None else SealingOf(event, self.keys)
+        writing: Writing | None = None if self.keys is None else event.writing(self.keys)
         state: bytes = event_type.__pydantic_serializer__.to_json(
-            event, exclude=_NOT_STORED, context=sealing
+            event, exclude=_NOT_STORED, context=writing
         )
-        if sealing is not None:
-            if sealing.error is not None:
-                raise sealing.error
-            if sealing.is_key_wanted:
-                raise KeysWanted(event.subject)
+        if writing is not None:
+            _check(writing, event)
         metadata = getattr(event, "metadata", NO_METADATA)
         class_version = getattr(event_type, "class_version", 1)
         if metadata is not NO_METADATA:
@@ -164,8 +161,6 @@ class EventMapper(Mapper[UUID]):
             # Without its cause: that quotes the state, and personal data with it.
             reason = _reason(error)
             raise UnreadableEventError(topic, str(aggregate_id), version, reason) from None
-        if isinstance(event, Snapshot):
-            event._keys = self.keys
         envelope = vars(event)
         envelope["originator_id"] = aggregate_id
         envelope["originator_version"] = version
@@ -185,6 +180,16 @@ class EventMapper(Mapper[UUID]):
     def decode_all(self, stream: Iterable[EncodedEvent]) -> list[Event]:
         """Decode the events of a stream."""
         return [self.decode(*event) for event in stream]
+
+
+def _check(writing: Writing, event: Any) -> None:
+    """Raise what a serializer would have wrapped."""
+    if writing.error is not None:
+        raise writing.error
+    if writing.is_key_wanted:
+        raise KeysWanted(event.subject)
+    if writing.found_unsealed:
+        raise UnsealedError(event.TOPIC)
 
 
 def _beside(metadata: Metadata) -> bytes:

@@ -84,7 +84,9 @@ class _Limits:
     def begin(self) -> _Limit:
         """Limit what the running task does from now on, until `end`."""
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
-        assert task is not None  # noqa: S101 - a coroutine runs in one
+        if task is None:
+            msg = "a command is dispatched in a task"
+            raise RuntimeError(msg)
         limit = _Limit(task, loop.time() + self._seconds)
         self._running[limit] = None
         if self._timer is None:

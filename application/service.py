@@ -158,10 +158,7 @@ class Unit:
     @property
     def is_changed(self) -> bool:
         """An aggregate that the command uses has events that are not saved."""
-        for aggregate in self._used:  # noqa: SIM110 - every command asks
-            if aggregate is not None and aggregate._pending_events:
-                return True
-        return False
+        return any(a is not None and a._pending_events for a in self._used)
 
 
 current_unit: ContextVar[Unit | None] = ContextVar("leftfold_unit", default=None)
@@ -255,7 +252,9 @@ class Service(Application[UUID]):
     @property
     def repository(self) -> Repository:
         """Loads and saves the service's aggregates."""
-        return self._repository  # type: ignore[return-value]  # construct_repository made it
+        repository = self._repository
+        assert isinstance(repository, Repository)  # noqa: S101 - construct_repository made it
+        return repository
 
     def construct_env(self, name: str, env: EnvType | None = None) -> Environment:
         """Read the class's and the given settings, and not the host's environment."""

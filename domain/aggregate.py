@@ -9,12 +9,21 @@ from uuid import NAMESPACE_URL, UUID, uuid5
 
 import eventsourcing.domain
 from eventsourcing.domain import CanSnapshotAggregate
-from pydantic import AwareDatetime, BaseModel, ConfigDict, PrivateAttr, TypeAdapter
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    FieldSerializationInfo,
+    TypeAdapter,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+)
 from typing_extensions import TypedDict
 
 from leftfold.domain import clock
 from leftfold.domain.event import Created, Event
-from leftfold.domain.personal import Keys, Sealing, Writing
+from leftfold.domain.personal import Keys, TokensOnly, Writing
 
 A = TypeVar("A", bound="Aggregate")
 
@@ -34,19 +43,31 @@ class Snapshot(BaseModel, CanSnapshotAggregate[UUID]):
     originator_version: int
     timestamp: AwareDatetime
     topic: str = ""
-    state: dict[str, Any]  # validated by `state_of`, field by field
+    state: dict[str, Any]  # typed by the aggregate's annotations, both ways
     created_on: AwareDatetime
     modified_on: AwareDatetime
-    _keys: Keys | None = PrivateAttr(None)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__()
 
+    @field_validator("state")
     @classmethod
-    def take(cls, aggregate: Any, writing: Writing | None = None) -> Self:
-        """Take the snapshot of an aggregate that has no pending events.
+    def _read(cls, state: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        return _state_adapter(cls.aggregate_type).validate_python(state, context=info.context)
 
-        `writing` says how personal data is written; as it is held if it is not given.
+    @field_serializer("state")
+    def _write(self, state: dict[str, Any], info: FieldSerializationInfo) -> dict[str, Any]:
+        adapter = _state_adapter(self.aggregate_type)
+        # Without warnings: they quote the value.
+        written: dict[str, Any] = adapter.dump_python(
+            state, mode="json", warnings="none", context=info.context
+        )
+        return written
+
+    @classmethod
+    def take(cls, aggregate: Any) -> Snapshot:
+        """Take the snapshot of an aggregate that has no pending events; write it before it changes.
+
         Raises `TypeError` for an attribute without annotation, which would be lost.
         """
         state = {k: v for k, v in vars(aggregate).items() if k not in _BASE_ATTRIBUTES}
@@ -54,25 +75,26 @@ class Snapshot(BaseModel, CanSnapshotAggregate[UUID]):
         if unknown:
             msg = f"{cls.aggregate_type.__name__}: {sorted(unknown)} have no annotation"
             raise TypeError(msg)
-        return cls(
+        return cls.model_construct(
             originator_id=aggregate.id,
             originator_version=aggregate.version,
             timestamp=clock.now(),
             topic=cls.TOPIC,
-            state=_state_adapter(cls.aggregate_type).dump_python(
-                state, mode="json", context=writing or Sealing()
-            ),
+            state=state,
             created_on=aggregate.created_on,
             modified_on=aggregate.modified_on,
         )
+
+    def writing(self, keys: Keys) -> Writing:
+        """Say how personal data is written: as events hold it."""
+        return TokensOnly(keys)
 
     def mutate(self, _: object) -> Any:
         """Make the aggregate again."""
         aggregate = object.__new__(self.aggregate_type)
         aggregate.__base_init__(self.originator_id, self.originator_version, self.created_on)
         aggregate.modified_on = self.modified_on
-        adapter = _state_adapter(self.aggregate_type)
-        vars(aggregate).update(adapter.validate_python(self.state, context=self._keys))
+        vars(aggregate).update(self.state)
         return aggregate
 
 
@@ -95,6 +117,7 @@ class Aggregate(eventsourcing.domain.Aggregate):
 
     TOPIC: ClassVar[str] = ""
     EVENTS: ClassVar[tuple[type[Event], ...]] = ()
+    SNAPSHOT: ClassVar[type[Snapshot]]
 
     def __init_subclass__(
         cls, *, topic: str = "", events: tuple[type[Event], ...] = (), **_: Any
@@ -106,16 +129,14 @@ class Aggregate(eventsourcing.domain.Aggregate):
         for event in events:
             if issubclass(event, Created):
                 event.aggregate_type = cls
-        cls.Snapshot = cast(
-            "type[eventsourcing.domain.Snapshot]",  # the library types it by its own dataclass
-            type(
-                "Snapshot",
-                (Snapshot,),
-                {"__module__": cls.__module__, "__qualname__": f"{cls.__qualname__}.Snapshot"},
-            ),
+        cls.SNAPSHOT = type(
+            "Snapshot",
+            (Snapshot,),
+            {"__module__": cls.__module__, "__qualname__": f"{cls.__qualname__}.Snapshot"},
         )
-        snapshot = cast("type[Snapshot]", cls.Snapshot)  # see above
-        snapshot.TOPIC, snapshot.aggregate_type = f"{topic}.snapshot", cls
+        cls.SNAPSHOT.TOPIC, cls.SNAPSHOT.aggregate_type = f"{topic}.snapshot", cls
+        # The library types it by its own dataclass.
+        cls.Snapshot = cast("type[eventsourcing.domain.Snapshot]", cls.SNAPSHOT)
 
     @classmethod
     def id_of(cls, key: str) -> UUID:
@@ -182,4 +203,8 @@ def _state_hints(aggregate_type: type[Aggregate]) -> dict[str, Any]:
 @cache
 def _state_adapter(aggregate_type: type[Aggregate]) -> TypeAdapter[dict[str, Any]]:
     hints = _state_hints(aggregate_type)
-    return TypeAdapter(TypedDict(f"{aggregate_type.__name__}State", hints))  # type: ignore[operator]  # made at run time
+    typed_dict: Any = TypedDict  # made at run time, where no checker can follow
+    state = typed_dict(f"{aggregate_type.__name__}State", hints)
+    # Errors without the input: it is the model's data, and they are logged.
+    state.__pydantic_config__ = ConfigDict(hide_input_in_errors=True)
+    return TypeAdapter(state)

@@ -17,7 +17,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict
 
 from leftfold.domain import metadata
 from leftfold.domain.metadata import NO_METADATA, Metadata
-from leftfold.domain.personal import Personal, Showing
+from leftfold.domain.personal import Keys, Personal, SealingOf, Showing, Writing
 
 if TYPE_CHECKING:
     from leftfold.domain.aggregate import Aggregate
@@ -95,6 +95,10 @@ class Event(BaseModel, CanMutateAggregate[UUID]):
             named = named.reveal()
         return None if named is None else str(named)
 
+    def writing(self, keys: Keys) -> Writing:
+        """Say how personal data is written: sealed for whom it is about."""
+        return SealingOf(self, keys)
+
     def facts(self) -> dict[str, object]:
         """Return the event's own fields, without the envelope."""
         return {name: value for name, value in self.__dict__.items() if name not in ENVELOPE}
@@ -136,7 +140,7 @@ class Event(BaseModel, CanMutateAggregate[UUID]):
         self.apply(target)
         target._version = self.originator_version
         target._modified_on = self.timestamp
-        made: TAggregate = target
+        made: TAggregate = target  # `cast` would be a call, once an event
         return made
 
 

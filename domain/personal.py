@@ -51,6 +51,12 @@ class OtherSubjectError(
     topic: str
 
 
+class UnsealedError(LeftfoldError, message="{topic} has personal data that no event holds"):
+    """A snapshot holds what its aggregate made of personal data, and would outlive it."""
+
+    topic: str
+
+
 class Key(Protocol):
     """The key of one subject, in this process: good for nothing once the subject is forgotten."""
 
@@ -277,18 +283,14 @@ class Writing(ABC):
 
     error: LeftfoldError | None = None
     """Why something cannot be written. Serializers would wrap it."""
+    is_key_wanted = False
+    """A key is not at hand: what was written must not be used."""
+    found_unsealed = False
+    """There was a value that no event holds: what was written must not be used."""
 
     @abstractmethod
     def write(self, personal: Personal[Any], kind: Any) -> Any:
         """Return what stands for a value."""
-
-
-class Sealing(Writing):
-    """Writes what is sealed as its token, and all else as it is."""
-
-    @override
-    def write(self, personal: Personal[Any], kind: Any) -> Any:
-        return personal.token or personal.reveal()
 
 
 class SealingOf(Writing):
@@ -297,8 +299,6 @@ class SealingOf(Writing):
     What is sealed already must be sealed under that key, or it would not be erased with it.
     """
 
-    is_key_wanted = False
-    """The key is not at hand: what was written must not be used."""
     _key: Key | None = None
 
     def __init__(self, event: Event, keys: Keys) -> None:
@@ -340,9 +340,6 @@ class TokensOnly(Writing):
 
     Copies of what some events hold are sealed as it is there.
     """
-
-    found_unsealed = False
-    """There was a value that no event holds: what was written must not be used."""
 
     def __init__(self, keys: Keys, events: Iterable[Event] = ()) -> None:
         """Write beside events, which were sealed under these keys."""

@@ -481,7 +481,7 @@ def begin(order):
     try:
         asyncio.run(Worker(order).work())
         status = 0
-    except BaseException:  # noqa: BLE001 - whatever it is, it is told
+    except BaseException:  # noqa: BLE001 - a forked child ends here; the test fails for what it says
         with suppress(BrokenPipeError):
             say(who=order["who"], bug=traceback.format_exc()[-3_000:])
     os._exit(status)
