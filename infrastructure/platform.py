@@ -9,6 +9,7 @@ import logging
 import os
 import random
 import signal
+import socket
 import threading
 import time
 import uuid
@@ -171,6 +172,12 @@ def start_thread(function: Callable[[], T]) -> tuple[threading.Thread, Future[T]
     thread = threading.Thread(target=run, name="leftfold-beside", daemon=True)
     thread.start()
     return thread, answer
+
+
+def shut_down(descriptor: int) -> None:
+    """End what a socket's connection waits for, from any thread. Raises `OSError`."""
+    with socket.socket(fileno=os.dup(descriptor)) as end:
+        end.shutdown(socket.SHUT_RDWR)
 
 
 class Sigterm:

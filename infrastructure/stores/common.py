@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 from uuid import UUID
 
@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from eventsourcing.persistence import Notification, StoredEvent
 
 from leftfold.application import Projection
-from leftfold.application.ports import EncodedEvent, Group, LoggedEvent
+from leftfold.application.ports import EncodedEvent, Failed, Group, LoggedEvent, Stale, Verdict
 from leftfold.domain.personal import Keys
 from leftfold.infrastructure.tables import ViewTable
 
@@ -37,6 +37,26 @@ def halves(run: Run) -> tuple[Run, Run]:
         Run(run.groups[:middle], run.bases[:middle]),
         Run(run.groups[middle:], run.bases[middle:]),
     )
+
+
+def commit_in_runs(groups: Sequence[Group], write: Callable[[Run], list[Verdict]]) -> list[Verdict]:
+    """Write groups run by run; where something in a run is refused, find it by halves."""
+    verdicts: list[Verdict] = []
+    for run in runs(groups):
+        verdicts += (Stale(),) if run is None else _isolated(run, write)
+    return verdicts
+
+
+def _isolated(run: Run, write: Callable[[Run], list[Verdict]]) -> list[Verdict]:
+    verdicts = write(run)
+    if len(run.groups) > 1 and is_refused(verdicts):
+        return [v for half in halves(run) for v in _isolated(half, write)]
+    return verdicts
+
+
+def is_refused(verdicts: Sequence[Verdict]) -> bool:
+    """Tell whether the database refused what was written, and not just its moment."""
+    return any(isinstance(verdict, Failed) and verdict.is_refusal for verdict in verdicts)
 
 
 def runs(groups: Sequence[Group]) -> Iterator[Run | None]:

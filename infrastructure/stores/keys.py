@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,7 +17,7 @@ from leftfold.infrastructure.errors import (
     MissingPackageError,
     StoreUnavailableError,
 )
-from leftfold.infrastructure.platform import Lock, monotonic
+from leftfold.infrastructure.platform import Lock, monotonic, shut_down
 from leftfold.infrastructure.settings import Settings, masked
 
 KEY_BITS = 256
@@ -362,11 +360,8 @@ class PostgresKeys:
         """End a call whose server has not answered for so long; as `PostgresDatabase.cut`."""
         asked, connection = self._asked, self._connection
         if connection is not None and asked is not None and asked < monotonic() - seconds:
-            with (
-                suppress(self._psycopg.Error, OSError),
-                socket.socket(fileno=os.dup(connection.fileno())) as end,
-            ):
-                end.shutdown(socket.SHUT_RDWR)
+            with suppress(self._psycopg.Error, OSError):
+                shut_down(connection.fileno())
 
     def close(self) -> None:
         """Close the connection."""

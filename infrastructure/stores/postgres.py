@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from threading import Lock  # noqa: TID251 - no thread is started: callers are threads
 from typing import Any, TypeVar
@@ -35,7 +34,6 @@ from leftfold.application.ports import (
     Order,
     RecordedCommand,
     Seek,
-    Stale,
     StoredSnapshot,
     Verdict,
 )
@@ -48,7 +46,7 @@ from leftfold.infrastructure.errors import (
     StoreUnavailableError,
     ViewChangedError,
 )
-from leftfold.infrastructure.platform import monotonic
+from leftfold.infrastructure.platform import monotonic, shut_down
 from leftfold.infrastructure.settings import masked
 from leftfold.infrastructure.stores.common import (
     MAX_VERSION,
@@ -56,10 +54,9 @@ from leftfold.infrastructure.stores.common import (
     Notifying,
     Run,
     Tables,
+    commit_in_runs,
     encoded,
-    halves,
     load_aggregates,
-    runs,
 )
 from leftfold.infrastructure.stores.postgres_arrays import take_packed
 from leftfold.infrastructure.stores.postgres_commits import (
@@ -149,11 +146,8 @@ class PostgresDatabase(PostgresDatastore):
         latest = monotonic() - seconds
         for connection, since in list(self._lent.items()):
             if since < latest:
-                with (
-                    contextlib.suppress(psycopg.Error, OSError),
-                    socket.socket(fileno=os.dup(connection.fileno())) as end,
-                ):
-                    end.shutdown(socket.SHUT_RDWR)
+                with contextlib.suppress(psycopg.Error, OSError):
+                    shut_down(connection.fileno())
 
     @contextlib.contextmanager
     def reading(self, *, binary: bool = False) -> Iterator[Cursor]:
@@ -196,10 +190,7 @@ class PostgresLog(Notifying, PostgresProcessRecorder):
     # The application's port
 
     def commit(self, groups: Sequence[Group]) -> list[Verdict]:
-        verdicts: list[Verdict] = []
-        for run in runs(groups):
-            verdicts += (Stale(),) if run is None else self._commit(run)
-        return verdicts
+        return commit_in_runs(groups, self._commit)
 
     def _commit(self, run: Run) -> list[Verdict]:
         is_sent = False
@@ -216,10 +207,7 @@ class PostgresLog(Notifying, PostgresProcessRecorder):
         except PersistenceError as error:
             if not isinstance(error.__cause__, psycopg.Error):
                 return [Failed(str(error), in_doubt=is_sent)] * len(run.groups)
-            verdict = failed(error.__cause__, is_sent=is_sent)
-            if verdict.is_refusal and len(run.groups) > 1:  # somebody else's fault
-                return [v for half in halves(run) for v in self._commit(half)]
-            return [verdict] * len(run.groups)
+            return [failed(error.__cause__, is_sent=is_sent)] * len(run.groups)
         return judged(run, verdicts, positions)
 
     def streams(

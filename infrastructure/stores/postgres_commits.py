@@ -28,7 +28,7 @@ from leftfold.application.ports import (
     Stale,
     Verdict,
 )
-from leftfold.infrastructure.stores.common import Run, dump_aggregates, halves, runs
+from leftfold.infrastructure.stores.common import Run, dump_aggregates, halves, is_refused, runs
 from leftfold.infrastructure.stores.postgres_arrays import (
     Packed,
     bigints,
@@ -141,7 +141,13 @@ class LoopCommits:
         """Write groups, as `PostgresLog.commit` does."""
         verdicts: list[Verdict] = []
         for run in runs(groups):
-            verdicts += (Stale(),) if run is None else await self._commit(run)
+            verdicts += (Stale(),) if run is None else await self._isolated(run)
+        return verdicts
+
+    async def _isolated(self, run: Run) -> list[Verdict]:
+        verdicts = await self._commit(run)
+        if len(run.groups) > 1 and is_refused(verdicts):
+            return [v for half in halves(run) for v in await self._isolated(half)]
         return verdicts
 
     async def _commit(self, run: Run) -> list[Verdict]:
@@ -156,10 +162,7 @@ class LoopCommits:
         except psycopg.Error as error:
             if error.sqlstate == STATEMENT_IS_GONE and self._link is not None:
                 self._link.close()  # a new one prepares it again
-            verdict = failed(error, is_sent=is_sent)
-            if verdict.is_refusal and len(run.groups) > 1:  # somebody else's fault
-                return [v for half in halves(run) for v in await self._commit(half)]
-            return [verdict] * len(run.groups)
+            return [failed(error, is_sent=is_sent)] * len(run.groups)
         verdicts, positions = answer.get_value(0, 0) or b"", answer.get_value(0, 1) or b""
         return judged(run, read_texts(verdicts), read_bigints(positions))
 

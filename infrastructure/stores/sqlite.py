@@ -60,19 +60,17 @@ from leftfold.infrastructure.stores.common import (
     Run,
     Tables,
     as_uuid,
+    commit_in_runs,
     dump_aggregates,
     encoded,
-    halves,
     load_aggregates,
-    runs,
 )
 from leftfold.infrastructure.tables import SQLITE, ViewTable
 
 R = TypeVar("R")
 T = TypeVar("T")
 
-MAX_PARAMETERS = 500  # ids in one IN (…)
-ROWS_AT_ONCE = 512
+AT_ONCE = 512  # values or rows in one statement
 IDLE_READERS = 8
 ATTEMPTS_AT_WAL = 100  # others that open the same new file may come between
 BULK = 500  # rows from which a transaction is large
@@ -258,10 +256,7 @@ class SQLiteLog(Notifying, SQLiteProcessRecorder):
     # The application's port
 
     def commit(self, groups: Sequence[Group]) -> list[Verdict]:
-        verdicts: list[Verdict] = []
-        for run in runs(groups):
-            verdicts += (Stale(),) if run is None else self._commit(run)
-        return verdicts
+        return commit_in_runs(groups, self._commit)
 
     def _commit(self, run: Run) -> list[Verdict]:
         """Write the groups of a run that are neither stale nor repeated, in one transaction."""
@@ -271,9 +266,7 @@ class SQLiteLog(Notifying, SQLiteProcessRecorder):
                 good = [g for g, verdict in zip(run.groups, verdicts, strict=True) if not verdict]
                 positions = iter(_insert_saves(connection, [s for g in good for s in g.saves]))
         except (DataError, IntegrityError) as error:  # something refuses just what is in a group
-            if len(run.groups) == 1:
-                return [Failed(type(error).__name__, is_refusal=True)]
-            return [v for half in halves(run) for v in self._commit(half)]
+            return [Failed(type(error).__name__, is_refusal=True)] * len(run.groups)
         except PersistenceError as error:
             # SQLite is in this process: a commit that fails is rolled back.
             return [Failed(str(error))] * len(run.groups)
@@ -314,10 +307,9 @@ class SQLiteLog(Notifying, SQLiteProcessRecorder):
         found: dict[UUID, RecordedCommand] = {}
         with self.datastore.reading() as cursor:
             for ids in _chunks([command_id.bytes for command_id in command_ids]):
-                marks = ",".join("?" * len(ids))
                 cursor.execute(
                     "SELECT command_id, command, aggregates, position, answer "
-                    f"FROM leftfold_commands WHERE command_id IN ({marks})",
+                    f"FROM leftfold_commands WHERE command_id IN ({_marks(len(ids))})",
                     ids,
                 )
                 for command_id, command, aggregates, position, answer in cursor:
@@ -366,8 +358,8 @@ class SQLiteLog(Notifying, SQLiteProcessRecorder):
     def read(
         self, after: int, limit: int, topics: Sequence[str] = (), *, without: Sequence[str] = ()
     ) -> list[LoggedEvent]:
-        of_topics = f"AND topic IN ({','.join('?' * len(topics))}) " if topics else ""
-        of_topics += f"AND topic NOT IN ({','.join('?' * len(without))}) " if without else ""
+        of_topics = f"AND topic IN ({_marks(len(topics))}) " if topics else ""
+        of_topics += f"AND topic NOT IN ({_marks(len(without))}) " if without else ""
         with self.datastore.reading() as cursor:
             cursor.execute(
                 "SELECT position, originator_id, originator_version, topic, state "
@@ -443,15 +435,18 @@ def _insert_rows(
     The driver gives up the interpreter's lock at every step of a statement. One row a step
     makes it wait for the lock after each, while other threads compute.
     """
-    for begin, number in _chunks_of(len(rows)):
-        statement = _insert_statement(insert, len(rows[0]), number, conflict)
-        connection.execute(statement, list(chain.from_iterable(rows[begin : begin + number])))
+    for chunk in _chunks(rows):
+        statement = _insert_statement(insert, len(rows[0]), len(chunk), conflict)
+        connection.execute(statement, list(chain.from_iterable(chunk)))
 
 
 @lru_cache
 def _insert_statement(insert: str, columns: int, rows: int, conflict: str) -> str:
-    marks = f"({','.join('?' * columns)})"
-    return insert + ",".join([marks] * rows) + conflict
+    return insert + ",".join([f"({_marks(columns)})"] * rows) + conflict
+
+
+def _marks(number: int) -> str:
+    return ",".join("?" * number)
 
 
 def _size(group: Group) -> int:
@@ -461,39 +456,23 @@ def _size(group: Group) -> int:
 def _judge(connection: sqlite3.Connection, run: Run) -> list[Verdict | None]:
     """Return what speaks against each group, while nobody else can write."""
     bases = [(i.to_bytes(16), v) for versions in run.bases for i, v in versions.items()]
-    last = iter(_in_chunks(connection, LAST_VERSIONS, "(?,?)", list(chain.from_iterable(bases)), 2))
-    ids = [save.command_id.bytes for group in run.groups for save in group.saves]
-    known = set(_in_chunks(connection, KNOWN_COMMANDS, "?", ids, 1))
+    stale: set[tuple[bytes, int]] = set()
+    for chunk in _chunks(bases):
+        query = LAST_VERSIONS.format(",".join(["(?,?)"] * len(chunk)))
+        found = connection.execute(query, list(chain.from_iterable(chunk))).fetchall()
+        stale.update(b for b, (last,) in zip(chunk, found, strict=True) if b[1] != (last or 0))
+    known: set[bytes] = set()
+    for ids in _chunks([save.command_id.bytes for group in run.groups for save in group.saves]):
+        found = connection.execute(KNOWN_COMMANDS.format(_marks(len(ids))), ids).fetchall()
+        known.update(command_id for (command_id,) in found)
+    if not stale and not known:
+        return [None] * len(run.groups)
     verdicts: list[Verdict | None] = []
     for group, versions in zip(run.groups, run.bases, strict=True):
-        stale = [version != (next(last) or 0) for version in versions.values()]
-        repeated = [save.command_id.bytes in known for save in group.saves]
-        verdicts.append(Stale() if any(stale) else Repeated() if any(repeated) else None)
+        is_stale = any((i.to_bytes(16), v) in stale for i, v in versions.items())
+        is_repeated = any(save.command_id.bytes in known for save in group.saves)
+        verdicts.append(Stale() if is_stale else Repeated() if is_repeated else None)
     return verdicts
-
-
-def _in_chunks(
-    connection: sqlite3.Connection, query: str, mark: str, values: Sequence[object], width: int
-) -> Iterator[Any]:
-    """Yield the first column of what a query answers about values, many of them at a time."""
-    for begin, number in _chunks_of(len(values) // width):
-        marks = ",".join([mark] * number)
-        asked = values[begin * width : (begin + number) * width]
-        for (answer,) in connection.execute(query.format(marks), asked).fetchall():
-            yield answer
-
-
-def _chunks_of(number: int) -> Iterator[tuple[int, int]]:
-    """Yield where chunks begin and how many they are: by halves, so that statements are few.
-
-    A connection remembers the statements that it has compiled.
-    """
-    begin, at_once = 0, ROWS_AT_ONCE
-    while begin < number:
-        while at_once > number - begin:
-            at_once //= 2
-        yield begin, at_once
-        begin += at_once
 
 
 def _insert_saves(connection: sqlite3.Connection, saves: Sequence[Save]) -> list[int]:
@@ -519,9 +498,17 @@ def _uuid(stored: bytes) -> UUID:
     return UUID(bytes=stored)
 
 
-def _chunks(ids: list[T]) -> Iterator[list[T]]:
-    for begin in range(0, len(ids), MAX_PARAMETERS):
-        yield ids[begin : begin + MAX_PARAMETERS]
+def _chunks(values: Sequence[T]) -> Iterator[Sequence[T]]:
+    """Part values by halves: 512, 256, …, 1, so that statements are few.
+
+    A connection remembers the statements that it has compiled.
+    """
+    begin, at_once = 0, AT_ONCE
+    while begin < len(values):
+        while at_once > len(values) - begin:
+            at_once //= 2
+        yield values[begin : begin + at_once]
+        begin += at_once
 
 
 class SQLiteViews(Tables):
@@ -547,7 +534,7 @@ class SQLiteViews(Tables):
         found: dict[str, R] = {}
         with self._file.reading() as cursor:
             for chunk in _chunks(list(keys)):
-                marks = ",".join("?" * len(chunk))
+                marks = _marks(len(chunk))
                 cursor.execute(f"{table.select_by_key} IN ({marks})", chunk)
                 for key, *values in cursor:
                     found[key] = table.decode(values)
