@@ -119,6 +119,10 @@ class BlockingRuntime:
         """Erase a subject's personal data; see `Runtime.forget`."""
         return self.call(lambda: self.runtime.forget(subject))
 
+    def provide_keys(self, subjects: Iterable[str]) -> None:
+        """Make keys for subjects that have none; see `Runtime.provide_keys`."""
+        return self.call(lambda: self.runtime.provide_keys(subjects))
+
     def purge_receipts(self) -> int:
         """Delete old receipts; see `Runtime.purge_receipts`."""
         return self.call(self.runtime.purge_receipts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from uuid import UUID, uuid4
@@ -13,22 +12,12 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from leftfold.application.ports import Committed, EncodedEvent, Group, Repeated, Save, Stale
-from leftfold.infrastructure.settings import load_settings
-from leftfold.infrastructure.stores import make_store
 
 CASES = int(os.environ.get("LEFTFOLD_LAW_CASES", "200"))
 
 
-@contextmanager
-def opened(url):
-    store = make_store(load_settings(store=url))
-    store.open((), create_tables=True)
-    yield store.log
-    store.close()
-
-
 @pytest.fixture
-def log(store_url):
+def log(opened, store_url):
     with opened(store_url) as log:
         yield log
 

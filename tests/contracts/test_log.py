@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from threading import Thread
 from time import monotonic, sleep
 from uuid import UUID, uuid4
@@ -20,8 +19,6 @@ from leftfold.application.ports import (
     Stale,
     StoredSnapshot,
 )
-from leftfold.infrastructure.settings import load_settings
-from leftfold.infrastructure.stores import make_store
 from leftfold.infrastructure.stores.memory import MemoryLog
 
 A, B, C = UUID(int=1), UUID(int=2), UUID(int=3)
@@ -44,17 +41,9 @@ def stream(log, aggregate_id=A):
     return [e.version for e in log.streams([aggregate_id])[aggregate_id]]
 
 
-@contextmanager
-def opened(url):
-    store = make_store(load_settings(store=url))
-    store.open((), create_tables=True)
-    yield store.log
-    store.close()
-
-
 class LogContract:
     @pytest.fixture
-    def log(self, url):
+    def log(self, opened, url):
         with opened(url) as log:
             yield log
 
@@ -402,7 +391,7 @@ class TestPostgresLog(LogContract):
 
 
 @pytest.fixture
-def shared_log(shared_url):
+def shared_log(opened, shared_url):
     with opened(shared_url) as log:
         yield log
 

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 from decimal import Decimal
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from proxy import Proxy
 
 from leftfold.application.items import ReceiveStock, RegisterItem, SellStock
 
@@ -29,3 +32,20 @@ def receive():
         return ReceiveStock(sku=sku, quantity=quantity)
 
     return receive
+
+
+@pytest.fixture
+def proxy_type():
+    """What stands between a test and its database; a module may have one of its own."""
+    return Proxy
+
+
+@pytest.fixture
+def proxy(postgres_url, proxy_type):
+    """A proxy before an empty database, with the URL that goes through it."""
+    parts = urlsplit(postgres_url)
+    directory = parse_qs(parts.query)["host"][0]
+    proxy = proxy_type(next(Path(directory).glob(".s.PGSQL.*[0-9]")))
+    proxy.url = f"postgresql://postgres@127.0.0.1:{proxy.port}{parts.path}"
+    yield proxy
+    proxy.close()

@@ -145,4 +145,6 @@ def test_what_is_said_in_a_thread_is_on_its_events(shop, register):
 def test_a_subject_is_forgotten_and_receipts_are_purged(shop, register):
     shop.commands.dispatch(register("A"))
     assert shop.forget("nobody") is False
+    shop.provide_keys(["somebody"])
+    assert shop.forget("somebody") is True
     assert shop.purge_receipts() == 0

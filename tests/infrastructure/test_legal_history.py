@@ -18,7 +18,6 @@ from queue import Empty, Queue
 from random import Random
 from threading import Event, Thread
 from time import monotonic, sleep
-from urllib.parse import parse_qs, urlsplit
 from uuid import UUID
 
 import psycopg
@@ -312,19 +311,12 @@ class Network(Proxy):
 
 
 @pytest.fixture
-def network(postgres_url):
-    parts = urlsplit(postgres_url)
-    directory = parse_qs(parts.query)["host"][0]
-    network = Network(next(Path(directory).glob(".s.PGSQL.*[0-9]")))
-    network.url = f"postgresql://postgres@127.0.0.1:{network.port}{parts.path}"
-    yield network
-    network.close()
+def proxy_type():
+    return Network
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_what_cut_connections_leave_behind_is_a_legal_history(
-    postgres_url, network, carry_out, seed
-):
+def test_what_cut_connections_leave_behind_is_a_legal_history(postgres_url, proxy, carry_out, seed):
     random = Random(seed)
     harms = iter(random.choice(["cut", "swallow", "half-close"]) for _ in range(12))
 
@@ -335,16 +327,16 @@ def test_what_cut_connections_leave_behind_is_a_legal_history(
             case None:
                 return
             case "swallow":  # what is on its way is lost, in both directions
-                network.swallows = True
+                proxy.swallows = True
             case "half-close":
-                network.half_close()
+                proxy.half_close()
         sleep(random.uniform(0, 0.01))
-        network.swallows = False
-        network.cut()
+        proxy.swallows = False
+        proxy.cut()
 
-    network.delay = 0.001  # answers are long on their way
+    proxy.delay = 0.001  # answers are long on their way
     jobs_of = jobs_for(random, 3, 120)
-    carry_out(postgres_url, random, jobs_of, through=network.url, harm=harm, kills=2)
+    carry_out(postgres_url, random, jobs_of, through=proxy.url, harm=harm, kills=2)
 
 
 def test_a_command_is_carried_out_once_wherever_on_its_way_it_is_lost(shared_url, carry_out):

@@ -110,6 +110,22 @@ async def test_what_those_who_went_away_left_to_be_written_takes_room_too(shared
         assert (await shop.commands.dispatch(register("B"))).is_ok()
 
 
+async def test_an_open_runtime_purges_receipts_by_itself(shared_url, register):
+    settings = Settings(store=shared_url, receipts_kept=0.3)
+    async with open_items(settings=settings) as shop:
+        command_id = uuid4()
+        (await shop.commands.dispatch(register("A"), command_id=command_id)).unwrap()
+        log = shop._store.log
+        assert log.commands([command_id])
+        for _ in range(100):
+            if not log.commands([command_id]):
+                break
+            await asyncio.sleep(0.05)
+        else:
+            pytest.fail("the receipt is still there")
+        assert (await shop.queries.dispatch(ItemHistory(sku="A"))).is_ok()
+
+
 async def test_beyond_the_limit_commands_are_refused_and_nothing_is_written(shared_url, register):
     settings = Settings(store=shared_url, max_commands=3)
     async with open_items(settings=settings) as shop:

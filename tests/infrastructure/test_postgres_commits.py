@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
 from uuid import uuid4
 
 import psycopg
@@ -147,16 +145,6 @@ async def test_who_waits_for_a_connection_that_is_closed_is_told(postgres_url, r
             commits._link.close()
             (verdict,) = await asyncio.wait_for(waiting, 5)
     assert verdict == Failed("the connection was closed", in_doubt=True)
-
-
-@pytest.fixture
-def proxy(postgres_url):
-    parts = urlsplit(postgres_url)
-    directory = parse_qs(parts.query)["host"][0]
-    proxy = Proxy(next(Path(directory).glob(".s.PGSQL.*[0-9]")))
-    proxy.url = f"postgresql://postgres@127.0.0.1:{proxy.port}{parts.path}"
-    yield proxy
-    proxy.close()
 
 
 @pytest.mark.anyio

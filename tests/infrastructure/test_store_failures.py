@@ -9,12 +9,10 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic, sleep
-from urllib.parse import parse_qs, urlsplit
 
 import eventsourcing.utils
 import psycopg
 import pytest
-from proxy import Proxy
 
 from leftfold.application import DispatchError, EventStoreUnavailable, OutcomeUnknown
 from leftfold.application.items import GetItem, ItemHistory
@@ -37,16 +35,6 @@ def settings(url, **others):
 def server(start_postgres):
     """A server of this test's own."""
     return start_postgres()
-
-
-@pytest.fixture
-def proxy(postgres_url):
-    parts = urlsplit(postgres_url)
-    directory = parse_qs(parts.query)["host"][0]
-    proxy = Proxy(next(Path(directory).glob(".s.PGSQL.*[0-9]")))
-    proxy.url = f"postgresql://postgres@127.0.0.1:{proxy.port}{parts.path}"
-    yield proxy
-    proxy.close()
 
 
 def signal_all(server, number):
