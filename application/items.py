@@ -16,6 +16,7 @@ from leftfold.application.projection import Page, Projection
 from leftfold.application.reading import QueryService, as_of
 from leftfold.application.receipt import Receipt
 from leftfold.application.service import Service
+from leftfold.application.snapshots import SnapshotPolicy
 from leftfold.domain import (
     ALWAYS,
     WHEN_RECORDED,
@@ -493,5 +494,9 @@ class ItemQueries(QueryService):
 
 
 item_model = Model(
-    aggregates=(Item,), services=(Items,), projections=(item_stock,), queries=(ItemQueries,)
+    aggregates=(Item,),
+    services=(Items,),
+    projections=(item_stock,),
+    queries=(ItemQueries,),
+    snapshots={Item: SnapshotPolicy(every=500)},
 )

@@ -214,7 +214,10 @@ class Access(Protocol):
     """How the store is asked: its calls may block, and fail for a moment."""
 
     async def read(self, function: Callable[..., T], *args: Any) -> T:
-        """Call what reads. Raises `EventStoreUnavailable` if the store does not answer."""
+        """Call what reads, or what may be done twice, as to keep snapshots.
+
+        Raises `EventStoreUnavailable` if the store does not answer.
+        """
         ...
 
     async def commit(self, groups: Sequence[Group]) -> list[Verdict]:

@@ -70,7 +70,10 @@ class StoreAccess:
         )
 
     async def read(self, function: Callable[..., T], *args: Any) -> T:
-        """Call what reads. Raises `EventStoreUnavailable` if the store does not answer."""
+        """Call what reads, or what may be done twice, as to keep snapshots.
+
+        Raises `EventStoreUnavailable` if the store does not answer.
+        """
         if self._log.is_local:
             return function(*args)
         try:

@@ -19,7 +19,7 @@ from leftfold.application.items import (
     RecordInvoice,
     RegisterItem,
 )
-from leftfold.domain import Err, LeftfoldError, Result
+from leftfold.domain import Err, LeftfoldError, Metadata, Result
 from leftfold.domain.items import ItemAlreadyRegistered, ItemError
 from leftfold.infrastructure.errors import InfrastructureError
 from leftfold.infrastructure.platform import SystemPlatform
@@ -115,6 +115,7 @@ class _Import:
             self._progress("reading", 0, 0)
             found = await self._platform.in_thread(survey, self._path, text)
             self._namespace = uuid5(NAMESPACE_URL, f"leftfold:import:{found.digest}")
+            self._metadata = Metadata(correlation_id=f"import:{found.digest[:16]}")
             await self._provide_keys(found)
             await self._register(found)
             await self._record(found)
@@ -180,7 +181,9 @@ class _Import:
 
     async def _dispatch_all(self, batch: list[Identified]) -> Answers:
         ids = [command_id for command_id, _ in batch]
-        return await self._runtime.commands.dispatch_all([c for _, c in batch], command_ids=ids)
+        return await self._runtime.commands.dispatch_all(
+            [c for _, c in batch], command_ids=ids, metadata=self._metadata
+        )
 
     def _batches(self) -> Iterator[_Batch]:
         batch = _Batch()

@@ -14,6 +14,7 @@ import pytest
 
 from leftfold.application.items import Count, FindItems, GetItem, ItemHistory, ItemRow
 from leftfold.domain import Specification
+from leftfold.domain.items import Item
 from leftfold.infrastructure.importing import import_sales
 from leftfold.infrastructure.items import open_items
 from leftfold.infrastructure.retail import DamagedFileError, read_rows
@@ -96,6 +97,20 @@ def test_a_row_is_one_event_with_the_invoices_time(shop):
     sku, history = asyncio.run(run())
     rows = [row for row in read_rows(shop) if row.code == sku and row.kind != "odd"]
     assert [e.payload["occurred_at"] for e in history[1:]] == [row.at for row in rows]
+
+
+def test_all_events_of_an_import_belong_together(shop):
+    async def run():
+        async with open_items("memory:") as runtime:
+            await import_sales(runtime, shop)
+            skus = {row.code for row in read_rows(shop) if row.kind == "sale"}
+            queries = [runtime.queries.dispatch(ItemHistory(sku=sku)) for sku in skus]
+            return [event for query in queries for event in (await query).unwrap()]
+
+    events = asyncio.run(run())
+    (correlation_id,) = {event.metadata.correlation_id for event in events}
+    assert correlation_id.startswith("import:")
+    assert len({event.metadata.causation_id for event in events}) > 1
 
 
 def test_a_damaged_file_writes_nothing(tmp_path, shop):
@@ -223,9 +238,11 @@ def test_the_real_sales_are_imported_exactly(shared_url):
                 (await runtime.queries.dispatch(Count(where=where))).unwrap()
                 for where, _ in documented_questions()
             ]
-            return row, rows, counted
+            snapshots = runtime._store.log.snapshots([Item.id_of("22423")])
+            return row, rows, counted, snapshots
 
-    row, rows, counted = asyncio.run(ask())
+    row, rows, counted, snapshots = asyncio.run(ask())
+    assert [snapshot.version >= 2_000 for snapshot in snapshots] == [True]
     assert (row.units_sold, row.units_returned, row.revenue) == (13_879, 857, Decimal("164762.19"))
     in_python = [
         sum(map(where.bind(ItemRow).is_satisfied_by, rows)) for where, _ in documented_questions()

@@ -69,6 +69,22 @@ def lie(shared_url, kept):
     return lie
 
 
+class Do(Command[Receipt, DomainError]):
+    """Do what a model does."""
+
+
+def model_that(aggregate_type, do):
+    """Return a model that saves what a function makes of a repository, and keeps every version."""
+
+    class Doing(Service):
+        aggregates = (aggregate_type,)
+
+        def handlers(self):
+            yield Do.handled_by(lambda _: Ok(self.repository.save(do(self.repository))))
+
+    return Model((aggregate_type,), (Doing,), snapshots={aggregate_type: SnapshotPolicy(every=1)})
+
+
 async def version_after_a_sale(runtime):
     receipt = (await runtime.commands.dispatch(sale())).unwrap()
     ((_, version),) = receipt.aggregates
@@ -205,27 +221,16 @@ async def test_a_state_that_cannot_be_taken_or_made_again_does_not_stop_its_aggr
         weight: float
         colour: str
 
-    class Grow(Command[Receipt, DomainError]):
-        """Make a thing grow."""
+    def grow(repository):
+        thing = repository.find(Thing, Thing.id_of("A"))
+        if thing is None:
+            return Thing.begin(Begun(), "A")
+        thing.record(Grown())
+        return thing
 
-    class Things(Service):
-        aggregates = (Thing,)
-
-        def handlers(self):
-            yield Grow.handled_by(self.grow)
-
-        def grow(self, _):
-            thing = self.repository.find(Thing, Thing.id_of("A"))
-            if thing is None:
-                thing = Thing.begin(Begun(), "A")
-            else:
-                thing.record(Grown())
-            return Ok(self.repository.save(thing))
-
-    things = Model((Thing,), (Things,), snapshots={Thing: SnapshotPolicy(every=1)})
     for _ in range(3):
-        async with Runtime(things, shared_url) as shop:
-            (await shop.commands.dispatch(Grow())).unwrap()
+        async with Runtime(model_that(Thing, grow), shared_url) as shop:
+            (await shop.commands.dispatch(Do())).unwrap()
     assert "no snapshot of Thing" in caplog.text
 
 
@@ -239,22 +244,11 @@ async def test_personal_data_that_no_event_holds_is_in_no_snapshot(shared_url, c
     class Guest(Aggregate, topic="test.guest", events=(Joined,)):
         initial: Personal[str]
 
-    class Join(Command[Receipt, DomainError]):
-        """Join."""
+    def join(_):
+        return Guest.begin(Joined(name=Personal("Ada")), "ada")
 
-    class Guests(Service):
-        aggregates = (Guest,)
-
-        def handlers(self):
-            yield Join.handled_by(self.join)
-
-        def join(self, _):
-            guest = Guest.begin(Joined(name=Personal("Ada")), "ada")
-            return Ok(self.repository.save(guest))
-
-    guests = Model((Guest,), (Guests,), snapshots={Guest: SnapshotPolicy(every=1)})
-    async with Runtime(guests, shared_url) as house:
-        (await house.commands.dispatch(Join())).unwrap()
+    async with Runtime(model_that(Guest, join), shared_url) as house:
+        (await house.commands.dispatch(Do())).unwrap()
     assert "personal data that no event holds" in caplog.text
     with closing(make_store(Settings(store=shared_url))) as store:
         store.open((), create_tables=False)
