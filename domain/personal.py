@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, get_args
 
 from pydantic import ConfigDict, GetCoreSchemaHandler, TypeAdapter
 from pydantic.errors import PydanticUserError
@@ -125,7 +125,8 @@ class Personal(Generic[T_co]):
         """Return the value. Raises `PersonalDataErased`."""
         held = self._held
         if isinstance(held, _Clear):
-            return cast("T_co", held.value)
+            value: T_co = held.value
+            return value
         opened: T_co = _adapter(held.kind).validate_json(
             held.key.decrypt(b64decode(held.token[BODY:]))
         )
