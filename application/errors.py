@@ -67,6 +67,15 @@ class Unstorable(DispatchError, message="the event store does not take it: {reas
     reason: str
 
 
+class NotUnique(
+    DispatchError, message="{projection} has a row with the same {columns}; nothing was written"
+):
+    """An inline view may not have two rows that are equal in these columns."""
+
+    projection: str
+    columns: tuple[str, ...]
+
+
 class ShuttingDown(DispatchError, message="the runtime is shutting down"):
     """The runtime takes no more commands; nothing was written."""
 
@@ -77,6 +86,17 @@ class ViewBehind(DispatchError, message="{projection} is at {position}, not yet 
     projection: str
     position: int
     wanted: int
+
+    @property
+    def lag(self) -> int:
+        """How many positions are missing."""
+        return max(0, self.wanted - self.position)
+
+
+class ViewBuilding(
+    ViewBehind, message="{projection} is being built, and is at {position} of {wanted}"
+):
+    """A new version of a view has not been as far as the log yet; until then it is not shown."""
 
 
 class ViewStopped(

@@ -384,9 +384,10 @@ class Execution:
                 if found:
                     raise _Again({**known, **found})
                 return Err(Conflict(tuple(unit.versions.items())))
-            case Failed(reason, in_doubt=False, is_refusal=is_refusal):
+            case Failed(reason, in_doubt=False, is_refusal=is_refusal, refusal=refused):
                 unit.believed = Believed.BEFORE
-                return Err(Unstorable(reason) if is_refusal else EventStoreUnavailable(reason))
+                unknown = Unstorable(reason) if is_refusal else EventStoreUnavailable(reason)
+                return Err(refused or unknown)
             case Failed():
                 written = await self._positions_of(saves, known)
                 if written is None:

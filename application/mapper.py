@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any, ClassVar
 from uuid import UUID
@@ -57,22 +57,26 @@ class EventMapper(Mapper[UUID]):
     """The topics of events that were never changed: their state is read as it stands."""
 
     @classmethod
-    def of(cls, *aggregates: type[Aggregate]) -> type[EventMapper]:
-        """Return the mapper class for these aggregates.
+    def of(
+        cls, *aggregates: type[Aggregate], also: Iterable[type[Event]] = ()
+    ) -> type[EventMapper]:
+        """Return the mapper class for these aggregates, and for events of others.
 
         Raises `InvalidModelError` for two types of one topic, for a missing topic, and for a gap
         in the chain of upcasters from version 1 to the present.
         """
         types: dict[str, type[Event | Snapshot]] = {}
         topics: dict[str, str] = {}
-        for aggregate in aggregates:
-            stored: list[type[Event | Snapshot]] = [*aggregate.EVENTS, aggregate.SNAPSHOT]
+        owned: list[tuple[str, Sequence[type[Event | Snapshot]]]] = [
+            (aggregate.TOPIC, (*aggregate.EVENTS, aggregate.SNAPSHOT)) for aggregate in aggregates
+        ]
+        for aggregate_topic, stored in (*owned, ("", tuple(also))):
             for event_type in stored:
                 for topic in (event_type.TOPIC, *getattr(event_type, "ALIASES", ())):
                     if not topic or types.get(topic, event_type) != event_type:
                         raise InvalidModelError(f"{event_type.__name__}: topic missing or taken")
                     types[topic] = event_type
-                    topics[topic] = aggregate.TOPIC
+                    topics.setdefault(topic, aggregate_topic)
                 gap = upcast_gap(event_type) if issubclass(event_type, Event) else None
                 if gap is not None:
                     raise InvalidModelError(f"{event_type.__name__}: {gap} is missing")

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from enum import Flag, auto
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 from uuid import UUID
 
+from leftfold.application.checkpoints import Change, Checkpoint, DeadLetter, Reader
+from leftfold.application.errors import DispatchError
 from leftfold.application.projection import Projection
 from leftfold.domain import ALWAYS, Specification
 from leftfold.domain.personal import Keys
@@ -128,6 +131,8 @@ class Failed:
     """It failed while committing, so that the outcome is not known."""
     is_refusal: bool = False
     """It does not want just this: nothing is wrong with it, and to repeat it is of no use."""
+    refusal: DispatchError | None = None
+    """What to answer, if more is known than that it is refused."""
 
 
 Verdict: TypeAlias = Committed | Stale | Repeated | Failed
@@ -148,12 +153,32 @@ Commit: TypeAlias = Callable[[Sequence[Group]], Awaitable[list[Verdict]]]
 """Writes groups in their order; each gets its own verdict."""
 
 
-class Log(Protocol):
-    """The one log of events of a store, with the ids of the commands that wrote them.
+class Events(Protocol):
+    """The one log of events of a store, as it is read page by page.
 
     Positions are ordered as the commits were, so that a reader who has seen one position never
     meets a lower one later; they need not be dense.
     """
+
+    def read(self, after: int, limit: int, topics: Sequence[str] = ()) -> list[LoggedEvent]:
+        """Return at most `limit` events after a position; if `topics` are given, only of these.
+
+        Without topics it reads the log as it lies; with them it looks each up, and events of
+        other topics cost nothing.
+        """
+        ...
+
+    def topics(self) -> frozenset[str]:
+        """Return the topics of all events, looking at few of them."""
+        ...
+
+    def head(self) -> int:
+        """Return the position of the last event; 0 if there is none."""
+        ...
+
+
+class Log(Events, Protocol):
+    """The log with the ids of the commands that wrote it."""
 
     @property
     def is_local(self) -> bool:
@@ -196,19 +221,6 @@ class Log(Protocol):
         """
         ...
 
-    def read(
-        self, after: int, limit: int, topics: Sequence[str] = (), *, without: Sequence[str] = ()
-    ) -> list[LoggedEvent]:
-        """Return at most `limit` events after a position.
-
-        If `topics` are given, only events of these; none that are of a topic in `without`.
-        """
-        ...
-
-    def head(self) -> int:
-        """Return the position of the last event; 0 if there is none."""
-        ...
-
 
 class Access(Protocol):
     """How the store is asked: its calls may block, and fail for a moment."""
@@ -244,8 +256,23 @@ class Seek:
 class ViewStore(Protocol):
     """The tables of projections, with their checkpoints."""
 
-    def checkpoint(self, projection: Projection[Any]) -> int:
-        """Return the position up to which the view's rows are folded."""
+    def checkpoints(self, readers: Sequence[Reader]) -> list[Checkpoint]:
+        """Return how far readers are."""
+        ...
+
+    def hold(self, readers: Sequence[Reader], owner: str, seconds: float) -> list[Checkpoint]:
+        """Let the owner have those that nobody holds, or that it holds itself, for so long.
+
+        Returns how far all of them are then, whoever holds them.
+        """
+        ...
+
+    def release(self, owner: str) -> None:
+        """Let others have what the owner holds."""
+        ...
+
+    def dead_letters(self, reader: Reader) -> list[DeadLetter]:
+        """Return what the reader could not take in, by position."""
         ...
 
     def load(self, projection: Projection[R], keys: Sequence[str]) -> dict[str, R]:
@@ -258,14 +285,19 @@ class ViewStore(Protocol):
 
     def write(
         self,
-        projection: Projection[R],
-        rows: Mapping[str, R | None],
-        expected: int,
+        changes: Sequence[Change],
         position: int,
+        *,
+        group: Group | None = None,
+        is_built: bool = False,
+        is_fence: bool = False,
     ) -> bool:
-        """Write rows (`None` deletes) and move the checkpoint, in one transaction.
+        """Write what a page changes and move its readers to a position, in one transaction.
 
-        Returns False, and writes nothing, unless the checkpoint is at `expected`.
+        Returns False, and writes nothing, unless every checkpoint is as the changes say and the
+        group, which is written with them, is committed. `is_built` marks the readers as built;
+        a fence gives them another epoch. Raises `ValueOutOfRangeError` for a row that no database
+        keeps.
         """
         ...
 
@@ -288,6 +320,20 @@ class ViewStore(Protocol):
         ...
 
 
+Inline: TypeAlias = Callable[[Events, ViewStore], None]
+"""Folds what is new, in the transaction that the events and the views are of."""
+
+
+class Heard(Flag):
+    """What there may be news of."""
+
+    NOTHING = 0
+    EVENTS = auto()
+    VIEWS = auto()
+    END = auto()
+    """There is nothing to listen to any more."""
+
+
 class Store(Protocol):
     """A log and views in one place, with what tells of writes by other processes."""
 
@@ -308,14 +354,16 @@ class Store(Protocol):
 
     def open(
         self,
-        projections: Sequence[Projection[Any]],
+        readers: Sequence[Reader],
         *,
         create_tables: bool,
         keys: Keys | None = None,
+        inline: Inline | None = None,
     ) -> None:
         """Connect, and make or check the tables of the log and of these projections.
 
-        Rows that hold personal data need the keys.
+        Rows that hold personal data need the keys. `inline` is called in each transaction that
+        writes events.
         """
         ...
 
@@ -332,8 +380,8 @@ class Store(Protocol):
         """Return a file descriptor that becomes readable when somebody commits, if there is one."""
         ...
 
-    def heard(self) -> bool:
-        """Take what became readable; False if there is nothing to listen to any more."""
+    def heard(self) -> Heard:
+        """Take what became readable, and tell what it was about."""
         ...
 
     def committing(self) -> Commit | None:

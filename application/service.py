@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from enum import Enum
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 from uuid import UUID, uuid4
 
 import eventsourcing.application
@@ -161,7 +161,24 @@ class Unit:
         return any(a is not None and a._pending_events for a in self._used)
 
 
-current_unit: ContextVar[Unit | None] = ContextVar("leftfold_unit", default=None)
+class Staging(Protocol):
+    """Where repositories load and save while something is carried out that is written later."""
+
+    @property
+    def sealed(self) -> bool:
+        """It takes no more."""
+        ...
+
+    def find(self, aggregate_type: type[A], aggregate_ids: Sequence[UUID]) -> list[A | None]:
+        """Return aggregates in the order of their ids; None for the absent."""
+        ...
+
+    def save(self, aggregates: Iterable[Aggregate]) -> Receipt:
+        """Stage what the aggregates recorded."""
+        ...
+
+
+current_unit: ContextVar[Staging | None] = ContextVar("leftfold_unit", default=None)
 
 
 class Repository(eventsourcing.application.Repository[UUID]):

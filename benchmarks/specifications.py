@@ -33,6 +33,7 @@ from fractal_specifications.generic.operators import (
 )
 
 from leftfold.application import Model, Projection
+from leftfold.application.checkpoints import Change
 from leftfold.domain import attr
 from leftfold.infrastructure import Runtime, Settings
 from leftfold.infrastructure.views import FollowedViews
@@ -134,15 +135,18 @@ async def in_sql(kind: str, url: str) -> None:
     ) as runtime:
         views = runtime._store.views
         chance = random.Random(2)
-        for at, begin in enumerate(range(0, STORED, 20_000)):
+        for begin in range(0, STORED, 20_000):
             rows = {
                 f"{number:08}": Row(
                     f"S{number}", "LANTERN", PRICE, chance.randrange(STORED), number % 7
                 )
                 for number in range(begin, begin + 20_000)
             }
-            assert views.write(stock, rows, at, at + 1)
-        reader = FollowedViews(runtime._store, runtime._followers, runtime._opened.access, 5.0)
+            (at,) = views.checkpoints([stock])
+            assert views.write([Change(stock, at, rows)], at.position)
+        reader = FollowedViews(
+            runtime._store, runtime._opened.follower, runtime._opened.access, 5.0
+        )
         wanted = [chance.randrange(STORED) for _ in range(PAGES)]
         table: Any = views.table(stock)  # type: ignore[attr-defined]  # of a database
         mark = "?" if kind == "sqlite" else "%s"

@@ -1,4 +1,7 @@
-"""The reference model: a stock-keeping item. Values, errors, events, rules, specifications."""
+"""The reference model: a stock-keeping item, and its reorders.
+
+Values, errors, events, rules, specifications.
+"""
 
 from __future__ import annotations
 
@@ -65,6 +68,11 @@ class InsufficientStock(ItemError, message="{sku}: {requested} requested, {avail
     sku: str
     requested: int
     available: int
+
+
+class ReorderIsClosed(DomainError, message="reorder {number} of {sku} is closed"):
+    sku: str
+    number: int
 
 
 # Events ---------------------------------------------------------------------------------------
@@ -140,6 +148,25 @@ class StockWrittenOff(Event, topic="leftfold.item.stock_written_off"):
 class ItemDiscontinued(Event, topic="leftfold.item.discontinued"):
     def apply(self, item: Item) -> None:
         item.discontinued = True
+
+
+class ReorderOpened(Created, topic="leftfold.reorder.opened"):
+    sku: str
+    number: int
+    on_hand: int
+    reorder_level: int
+
+    def apply(self, reorder: Reorder) -> None:
+        reorder.sku = self.sku
+        reorder.number = self.number
+        reorder.is_open = True
+
+
+class ReorderClosed(Event, topic="leftfold.reorder.closed"):
+    received: int
+
+    def apply(self, reorder: Reorder) -> None:
+        reorder.is_open = False
 
 
 # Rules ----------------------------------------------------------------------------------------
@@ -271,6 +298,47 @@ class Item(
     def _take_out(self, quantity: int) -> None:
         if quantity > self.on_hand:
             raise InsufficientStock(self.sku, quantity, self.on_hand)
+
+
+class Reorder(Aggregate, topic="leftfold.reorder", events=(ReorderOpened, ReorderClosed)):
+    """A reorder of an item: open until stock is received. Each item's are numbered from 1."""
+
+    sku: str
+    number: int
+    is_open: bool
+
+    @staticmethod
+    def key_of(sku: str, number: int) -> str:
+        """Return the natural key of an item's reorder with this number."""
+        return f"{sku}/{number}"
+
+    @classmethod
+    def open(
+        cls,
+        sku: str,
+        number: int,
+        on_hand: int,
+        reorder_level: int,
+        occurred_at: datetime = WHEN_RECORDED,
+    ) -> Reorder:
+        """Open a reorder of an item that has this stock and this reorder level."""
+        opened = ReorderOpened(
+            sku=sku,
+            number=number,
+            on_hand=on_hand,
+            reorder_level=reorder_level,
+            occurred_at=occurred_at,
+        )
+        return cls.begin(opened, key=cls.key_of(sku, number))
+
+    def close(self, received: int, occurred_at: datetime = WHEN_RECORDED) -> None:
+        """Close the reorder: so much stock was received.
+
+        Raises `ReorderIsClosed` if that was done before.
+        """
+        if not self.is_open:
+            raise ReorderIsClosed(self.sku, self.number)
+        self.record(ReorderClosed(received=received, occurred_at=occurred_at))
 
 
 def is_text(text: str) -> bool:

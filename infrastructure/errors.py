@@ -54,11 +54,13 @@ class SchemaVersionError(
 
 class ViewChangedError(
     InfrastructureError,
-    message="the rows of {projection} have other columns than its table: give it a new version",
+    message="{projection} was made as ({found}) and is now ({now}): give it a new version",
 ):
-    """A projection's row type was changed without a new version."""
+    """What a projection holds, reads or shows was changed without a new version."""
 
     projection: str
+    found: str
+    now: str
 
 
 class ValueOutOfRangeError(
@@ -92,6 +94,23 @@ class ProjectionFailedError(
 
     projection: str
     reason: str
+
+
+class TooManyDeadLettersError(
+    InfrastructureError, message="{projection} stopped: it has put aside {limit} events"
+):
+    """So many events cannot be folded that it must be the projection that is at fault."""
+
+    projection: str
+    limit: int
+
+
+class ViewBusyError(
+    InfrastructureError, message="{projection} is written without a break; nothing was changed"
+):
+    """A view could not be changed between two of its pages, which follow on each other's heels."""
+
+    projection: str
 
 
 class CacheUnavailableError(InfrastructureError, message="the cache {cache} failed: {reason}"):

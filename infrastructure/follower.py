@@ -1,236 +1,478 @@
-"""Following the log: a page of events becomes a page of rows, in one transaction."""
+"""Following the log: who folds which page next, and when to try again."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import traceback
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Generic, TypeVar
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any
 
-from cachetools import LRUCache
-from eventsourcing.persistence import PersistenceError
-
-from leftfold.application import EventMapper, Projection, ViewBehind, ViewStopped
+from leftfold.application import ViewBehind, ViewStopped
+from leftfold.application.checkpoints import Checkpoint, Reader
 from leftfold.application.ports import Log, Platform, ViewStore
-from leftfold.domain import DomainError, LeftfoldError
+from leftfold.domain import LeftfoldError
 from leftfold.infrastructure.access import may_pass
-from leftfold.infrastructure.errors import ProjectionFailedError
-
-R = TypeVar("R")
+from leftfold.infrastructure.errors import TooManyDeadLettersError
+from leftfold.infrastructure.health import ProjectionHealth, ReaderState
+from leftfold.infrastructure.pages import Fold, Outcome, Pages, described, failure_of, is_poison
+from leftfold.infrastructure.subscriptions import Subscription
 
 _log = logging.getLogger("leftfold.follower")
 
-CACHED_ROWS = 20_000
-"""Rows kept between pages; they are as the last page left them, or are dropped."""
-CHUNK = 500
-"""Events decoded at a time: few enough to stay in the processor's caches."""
 IDLE = 1.0
 """Seconds after which the log is looked at without a hint: hints may be lost."""
-LONGEST_PAUSE = 5.0
-"""Seconds to wait at most after a failing database."""
+LEASE = 3.0
+"""Seconds that a reader is held; renewed at each look, of which there is one each `IDLE`."""
+SOON = 0.02
+"""Seconds between looks at what another process folds while somebody waits for it."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 5.0
+"""Seconds to wait after a failing database, at first and at most."""
+FIRST_PAGE = 1_000
+"""Events in the first page; later ones are as long as they may take."""
+GROWTH = 2.0
+SMOOTHING = 0.3
+"""How much of a rate is the last page's."""
+MAX_DEAD_LETTERS = 10_000
+"""Of a view: with more of them it is the view that is at fault, and it stops."""
+
+Paged = Callable[[Reader, int, float], object]
 
 
-class Follower(Generic[R]):
-    """Keeps one view as new as the log.
+def unheard(_reader: Reader, _events: int, _seconds: float) -> None:
+    """Nobody is told of pages."""
 
-    A page is folded from rows as they stood at the checkpoint, and written together with the
-    new checkpoint on the condition that the old one still holds. So no event is skipped or
-    folded twice, whoever else follows the same view, and the write lock is held for the writing
-    only.
-    """
 
-    def __init__(
-        self,
-        projection: Projection[R],
-        log: Log,
-        views: ViewStore,
-        mapper: EventMapper,
-        platform: Platform,
-        page_size: int,
-        poll_interval: float = 0.1,
-        paged: Callable[[Projection[Any], int, float], object] = lambda *_: None,
-    ) -> None:
-        """Fold at most `page_size` events in one transaction, and tell `paged` how many, how long.
+class Followed:
+    """One reader of the log: what is known of it, and what is to be done next."""
 
-        Where another process folds, look every `poll_interval` seconds while it is behind.
-        """
-        self.projection = projection
-        self.position = 0
-        """Up to where the view is folded, as far as this process knows."""
+    def __init__(self, work: Fold[Any] | Subscription, *, is_inline: bool = False) -> None:
+        self.work = work
+        self.reader = work.reader
+        self.is_inline = is_inline
+        """Its rows are written with the events: there are no pages of it."""
         self.head = 0
         """The log's last position, as of the last look."""
-        self.folds = False
-        """It folds the view; if not, it only watches how far another process is."""
         self.failure: LeftfoldError | None = None
-        """Why the view stopped, if it did."""
-        self._log = log
-        self._views = views
-        self._mapper = mapper
-        self._platform = platform
-        self._page_size = page_size
-        self._poll_interval = poll_interval
-        self._paged = paged
-        topics = {topic for e in projection.event_types for topic in (e.TOPIC, *e.ALIASES)}
-        # An event that the model does not know is not passed over: it may have been meant for it.
-        self._without = tuple(topic for topic in mapper.event_topics() if topic not in topics)
-        self._rows: LRUCache[str, R] = LRUCache(CACHED_ROWS)
-        self._rows_at = -1
-        self._hint = asyncio.Event()
+        """Why it stopped, if it did."""
+        self.is_mine = False
+        self.is_busy = False
+        self.is_due = True
+        self.is_alone = False
+        """It failed: its pages are its own until one goes well."""
+        self.limit = FIRST_PAGE
+        self.pause = 0.0
+        self.not_before = 0.0
+        self.behind_since: float | None = None
+        self.rate = 0.0
+        self.turns = 0
         self._waiting: list[tuple[int, asyncio.Future[None]]] = []
-        self._is_stopping = False
 
-    def wake(self) -> None:
-        """Look at the log now, or soon where nobody waits for it and others fold."""
-        self._hint.set()
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """How far it is, as far as this process knows."""
+        return self.work.checkpoint
 
-    def stop(self) -> None:
-        """End after the page under way."""
-        self._is_stopping = True
-        self._hint.set()
+    @property
+    def position(self) -> int:
+        """Up to where it has taken the log in."""
+        return self.work.checkpoint.position
 
-    async def run(self) -> None:
-        """Follow the log, or whoever folds it, until stopped or an event cannot be folded."""
-        pause, is_behind = 0.0, False
-        while not self._is_stopping:
-            self._hint.clear()
-            try:
-                step = self.fold_page if self.folds else self._look
-                is_behind = await self._platform.in_thread(step)
-            except Exception as error:  # noqa: BLE001 - a bug in the projection stops it, and is said
-                if may_pass(error):
-                    pause = min(max(2 * pause, 0.05), LONGEST_PAUSE)
-                    _log.warning("%s waits %.2f s: %s", self.projection.table, pause, error)
-                    await self._platform.sleep(pause)
-                    continue
-                self.failure = self._failure_of(error)
-                _log.error("%s stopped: %s", self.projection.table, self.failure)
-                self._answer()
-                return
-            pause = 0.0
-            self._answer()
-            if not is_behind:
-                await self._wait_for_hint()
-                if not (self.folds or self._waiting or self._is_stopping):
-                    await self._platform.sleep(self._poll_interval)  # one look for many commits
-        self._answer()
+    @property
+    def is_waited_for(self) -> bool:
+        """Somebody waits for it to get on."""
+        return bool(self._waiting)
 
-    async def wait_for(self, position: int, timeout: float) -> None:
-        """Return when the view has seen a position. Raises `ViewBehind` after some seconds."""
-        if self.position >= position:
-            return
-        if self.failure is not None or self._is_stopping:
-            raise self._behind(position)
-        seen: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((position, seen))
-        self.wake()
-        try:
-            async with asyncio.timeout(timeout):
-                await seen
-        except TimeoutError:
-            pass
-        if self.position < position:
-            raise self._behind(position)
+    @property
+    def state(self) -> ReaderState:
+        """What it is doing."""
+        if self.failure is not None:
+            return ReaderState.HALTED
+        if self.pause:
+            return ReaderState.WAITING
+        if not self.checkpoint.is_built:
+            return ReaderState.BUILDING
+        return ReaderState.LIVE if self.is_mine or self.is_inline else ReaderState.WATCHED
 
-    def _behind(self, wanted: int) -> ViewBehind:
-        name, position = self.projection.name, self.position
-        if self.failure is None:
-            return ViewBehind(name, position, wanted)
-        return ViewStopped(name, position, wanted, str(self.failure))
+    def note(self, now: float) -> None:
+        """Note since when it is behind, and answer who waited for what it has seen."""
+        if self.position >= self.head:
+            self.behind_since = None
+        elif self.behind_since is None:
+            self.behind_since = now
+        self.answer()
 
-    def _failure_of(self, error: Exception) -> LeftfoldError:
-        if isinstance(error, LeftfoldError) and not isinstance(error, DomainError):
-            return error
-        return ProjectionFailedError(self.projection.table, _described(error))
-
-    def fold_page(self) -> bool:
-        """Fold the next events into the view; tell whether there may be more to do."""
-        projection, views, began = self.projection, self._views, self._platform.monotonic()
-        begun = views.checkpoint(projection)
-        if begun != self._rows_at:
-            self._rows.clear()
-        head = self.head = self._log.head()
-        logged = (
-            self._log.read(begun, self._page_size, without=self._without) if head > begun else []
-        )
-        is_full = len(logged) == self._page_size
-        end = begun
-        if logged:
-            end = logged[-1].position if is_full else max(head, logged[-1].position)
-        elif head > begun:
-            end = head
-        if end > begun:
-            decode = self._mapper.decode
-            changed: dict[str, R | None] = {}
-
-            def load(keys: set[str]) -> dict[str, R | None]:
-                return {**self._load(keys - changed.keys()), **_picked(changed, keys)}
-
-            for begin in range(0, len(logged), CHUNK):
-                chunk = logged[begin : begin + CHUNK]
-                events = [decode(i, version, topic, state) for _, i, version, topic, state in chunk]
-                changed.update(projection.fold(events, load))
-            if not views.write(projection, changed, begun, end):
-                self._rows_at = -1
-                return True
-            self._rows_at = end
-            self._paged(projection, len(logged), self._platform.monotonic() - began)
-            for key, row in changed.items():
-                if row is None:
-                    self._rows.pop(key, None)
-                else:
-                    self._rows[key] = row
-        self.position, self.head = end, max(head, end)
-        return is_full
-
-    def _look(self) -> bool:
-        self.position = self._views.checkpoint(self.projection)
-        self.head = max(self.position, self._log.head())
-        return False
-
-    def _load(self, keys: set[str]) -> dict[str, R | None]:
-        cached = self._rows
-        rows: dict[str, R | None] = {key: cached[key] for key in keys if key in cached}
-        missing = [key for key in keys if key not in rows]
-        if missing:
-            loaded = self._views.load(self.projection, missing)
-            rows.update(loaded)
-        return rows
-
-    def _answer(self) -> None:
+    def answer(self, *, is_over: bool = False) -> None:
+        """Answer those who wait: what they wait for is there, or will not come."""
+        is_over = is_over or self.failure is not None
         still: list[tuple[int, asyncio.Future[None]]] = []
         for position, seen in self._waiting:
             if seen.done():
                 continue
-            if self.position >= position or self.failure is not None or self._is_stopping:
+            if self.position >= position or is_over:
                 seen.set_result(None)
             else:
                 still.append((position, seen))
         self._waiting = still
 
-    async def _wait_for_hint(self) -> None:
-        # A page that another process writes gives no hint; only a commit to the log does.
-        is_expected = bool(self._waiting) or self.position < self.head
+    async def wait_for(self, position: int, timeout: float) -> None:
+        """Return when it has seen a position, has stopped, or after some seconds."""
+        seen: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((position, seen))
         try:
-            async with asyncio.timeout(self._poll_interval if is_expected else IDLE):
-                await self._hint.wait()
+            async with asyncio.timeout(timeout):
+                await seen
         except TimeoutError:
             pass
 
+    def behind(self, wanted: int) -> ViewBehind:
+        """Return what to tell those who wait for it in vain."""
+        if self.failure is None:
+            return ViewBehind(self.reader.name, self.position, wanted)
+        return ViewStopped(self.reader.name, self.position, wanted, str(self.failure))
 
-def _picked(rows: dict[str, R | None], keys: set[str]) -> dict[str, R | None]:
-    return {key: rows[key] for key in keys if key in rows}
+    def health(self, now: float) -> ProjectionHealth:
+        """Tell how it is."""
+        lag = max(0, self.head - self.position)
+        since = self.behind_since
+        return ProjectionHealth(
+            self.reader.name,
+            self.reader.version,
+            self.state,
+            self.position,
+            lag,
+            0.0 if since is None or not lag else now - since,
+            self.rate,
+            self.checkpoint.dead_letters,
+            None if self.failure is None else str(self.failure),
+        )
 
 
-def _described(error: Exception) -> str:
-    """Say what stopped a projection, for logs and health, without what it was about.
+class Follower:
+    """Keeps what reads the log as new as the log.
 
-    The stores' errors quote no values. The texts of others may: they are not shown.
+    Readers that are equally far share a page. A page is written on the condition that the
+    checkpoints are where it began, and of the epoch in which it was begun: so no event is skipped
+    or taken in twice, whoever else is at it. Of several processes one holds the lease of a reader
+    and writes its pages; the others look how far it is.
     """
-    name = type(error).__name__
-    if isinstance(error, PersistenceError):
-        return f"{name}: {error}"
-    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
-    code = frame.f_code
-    return f"{name} in {code.co_name}, line {line} of {Path(code.co_filename).name}"
+
+    def __init__(  # noqa: PLR0913 - what it reads, what it writes, and how much at a time
+        self,
+        readers: Sequence[Followed],
+        pages: Pages,
+        views: ViewStore,
+        log: Log,
+        platform: Platform,
+        *,
+        page_size: int,
+        page_seconds: float,
+        poll_interval: float = 0.1,
+        paged: Paged = unheard,
+    ) -> None:
+        """Fold at most `page_size` events at a time, about as many as `page_seconds` allow.
+
+        `paged` is told of each page: its reader, its events, its seconds.
+        """
+        self.readers = {f"{r.reader.name}_v{r.reader.version}": r for r in readers}
+        self.folds = False
+        """This process folds; if not, it only watches how far others are."""
+        self._pages = pages
+        self._views = views
+        self._log = log
+        self._platform = platform
+        self._page_size = page_size
+        self._page_seconds = page_seconds
+        self._poll_interval = poll_interval
+        self._paged = paged
+        self._owner = platform.new_id().hex
+        self._hint = asyncio.Event()
+        self._look_hint = asyncio.Event()
+        self._is_stopping = False
+        self._pages_under_way: set[asyncio.Future[None]] = set()
+        for reader in readers:
+            reader.limit = min(FIRST_PAGE, page_size)
+
+    def wake(self) -> None:
+        """There may be new events."""
+        for reader in self.readers.values():
+            reader.is_due = True
+        self._hint.set()
+        if not self.folds or any(r.is_waited_for and not r.is_mine for r in self.readers.values()):
+            self._look_hint.set()
+
+    def look(self) -> None:
+        """Others may have got on, or given up."""
+        self._look_hint.set()
+
+    def follow(self) -> None:
+        """Begin to fold."""
+        self.folds = True
+        self._look_hint.set()
+        self.wake()
+
+    def follow_again(self) -> None:
+        """Go on with what had stopped."""
+        for reader in self.readers.values():
+            reader.is_due = True
+        self.look()
+
+    def stop(self) -> None:
+        """End after the pages under way."""
+        self._is_stopping = True
+        self._hint.set()
+        self._look_hint.set()
+        for reader in self.readers.values():
+            if isinstance(reader.work, Subscription):
+                reader.work.stop()
+
+    async def begin(self) -> None:
+        """Learn how far all are. Raises what the store does."""
+        self._found(*await self._platform.in_thread(self._ask))
+
+    async def run(self) -> None:
+        """Follow the log until stopped."""
+        try:
+            await asyncio.gather(self._run_pages(), self._run_looks())
+        finally:
+            while self._pages_under_way:
+                await asyncio.wait(self._pages_under_way)
+            for reader in self.readers.values():
+                reader.answer(is_over=True)
+            if any(reader.is_mine for reader in self.readers.values()):
+                try:
+                    await self._platform.in_thread(self._views.release, self._owner)
+                except Exception as error:  # noqa: BLE001 - the lease runs out by itself
+                    _log.warning("leases are not given back: %s", described(error))
+
+    async def wait_for(
+        self, readers: Iterable[Followed], position: int, timeout: float
+    ) -> ViewBehind | None:
+        """Wait until readers have seen a position; return which has not after some seconds."""
+        waiting: list[tuple[Followed, Awaitable[None]]] = []
+        for reader in readers:
+            if reader.position >= position or reader.is_inline:
+                continue
+            if reader.failure is not None or self._is_stopping:
+                return reader.behind(position)
+            waiting.append((reader, reader.wait_for(position, timeout)))
+        if not waiting:
+            return None
+        gathered = asyncio.gather(*(wait for _, wait in waiting))
+        self.look()
+        self.wake()
+        await gathered
+        late = (reader for reader, _ in waiting if reader.position < position)
+        return next((reader.behind(position) for reader in late), None)
+
+    # Looks ------------------------------------------------------------------------------------
+
+    async def _run_looks(self) -> None:
+        """Hold what is free, and see how far others are."""
+        pause = 0.0
+        while not self._is_stopping:
+            self._look_hint.clear()
+            turns = {name: reader.turns for name, reader in self.readers.items()}
+            try:
+                head, found = await self._platform.in_thread(self._ask, self.folds)
+            except Exception as error:  # noqa: BLE001 - looks go on, whatever a store raises
+                pause = min(max(2 * pause, FIRST_PAUSE), IDLE)
+                _log.warning("views are not looked at for %.2f s: %s", pause, described(error))
+                await self._sleep(self._look_hint, pause)
+                continue
+            pause = 0.0
+            self._found(head, found, turns)
+            self._hint.set()
+            is_urgent = any(r.is_waited_for and not r.is_mine for r in self.readers.values())
+            if not is_urgent and not self._look_hint.is_set():
+                await self._sleep(self._look_hint, IDLE)
+            else:
+                await self._platform.sleep(SOON)  # one look for many commits
+
+    def _ask(self, holds: bool = False) -> tuple[int, list[Checkpoint]]:  # noqa: FBT001, FBT002 - as a thread takes it
+        readers = [reader.reader for reader in self.readers.values()]
+        found = self._views.checkpoints(readers)
+        head = self._log.head()
+        if holds:
+            wanted = [
+                reader.reader
+                for reader, at in zip(self.readers.values(), found, strict=True)
+                if reader.failure is None
+                and not reader.is_inline
+                and (at.owner == self._owner or not at.is_held)
+            ]
+            if wanted:
+                held = self._views.hold(wanted, self._owner, LEASE)
+                by_name = {(r.name, r.version): at for r, at in zip(wanted, held, strict=True)}
+                found = [
+                    by_name.get((r.name, r.version), at)
+                    for r, at in zip(readers, found, strict=True)
+                ]
+        return head, found
+
+    def _found(
+        self, head: int, found: Sequence[Checkpoint], turns: dict[str, int] | None = None
+    ) -> None:
+        now = self._platform.monotonic()
+        for (name, reader), at in zip(self.readers.items(), found, strict=True):
+            if reader.is_busy or (turns is not None and reader.turns != turns[name]):
+                continue  # a page has come between
+            reader.work.adopt(at)
+            reader.is_mine = self.folds and at.owner == self._owner and at.is_held
+            reader.head = max(reader.head, head, at.position)
+            reader.is_due = reader.is_due or reader.position < reader.head
+            reader.note(now)
+
+    # Pages ------------------------------------------------------------------------------------
+
+    async def _run_pages(self) -> None:
+        """Begin pages for all that are free and behind."""
+        while not self._is_stopping:
+            self._hint.clear()
+            wait = IDLE
+            now = self._platform.monotonic()
+            for group in self._groups(now):
+                self._begin(group)
+            for reader in self.readers.values():
+                if reader.is_mine and reader.is_due and not reader.is_busy and reader.pause:
+                    wait = min(wait, max(0.0, reader.not_before - now))
+            if not await self._sleep(self._hint, wait):
+                for reader in self.readers.values():
+                    reader.is_due = True  # a hint may have been lost
+
+    def _groups(self, now: float) -> list[list[Followed]]:
+        """Return who may begin a page together: those that are equally far, and go well."""
+        groups: dict[object, list[Followed]] = {}
+        for name, reader in self.readers.items():
+            is_free = reader.is_mine and not reader.is_busy and not reader.is_inline
+            if not is_free or reader.failure is not None:
+                continue
+            if not reader.is_due or reader.not_before > now or self._is_held_back(reader):
+                continue
+            work = reader.work
+            is_apart = reader.is_alone or not isinstance(work, Fold) or work.process is not None
+            groups.setdefault(name if is_apart else reader.position, []).append(reader)
+        return list(groups.values())
+
+    def _is_held_back(self, reader: Followed) -> bool:
+        """Tell whether a subscriber has to wait for views that it needs."""
+        if not isinstance(reader.work, Subscription):
+            return False
+        needed = reader.work.reader.needs
+        views = [self.readers[view.table] for view in needed if view.table in self.readers]
+        is_built = all(view.checkpoint.is_built or view.is_inline for view in views)
+        seen = min((view.position for view in views if not view.is_inline), default=None)
+        reader.work.until = seen
+        return not is_built or (seen is not None and seen <= reader.position)
+
+    def _begin(self, group: Sequence[Followed]) -> None:
+        for reader in group:
+            reader.is_busy, reader.is_due = True, False
+            reader.turns += 1
+        page = asyncio.ensure_future(self._platform.spawn(self._page(group)))
+        self._pages_under_way.add(page)
+        page.add_done_callback(self._pages_under_way.discard)
+
+    async def _page(self, group: Sequence[Followed]) -> None:
+        """Take in one page, and see to what goes wrong."""
+        began = self._platform.monotonic()
+        limit = min(reader.limit for reader in group)
+        try:
+            outcome = await self._turn(group, limit)
+        except Exception as error:  # noqa: BLE001 - whatever is wrong is seen to, reader by reader
+            for reader in group:
+                await self._failed(reader, error, limit, is_shared=len(group) > 1)
+        else:
+            seconds = self._platform.monotonic() - began
+            for reader in group:
+                failure = outcome.failed.get(reader.work)
+                if failure is not None:
+                    await self._failed(reader, failure, limit, is_shared=False)
+                elif outcome.is_lost:
+                    reader.is_due, reader.is_mine = True, False  # until it is looked at again
+                    self._look_hint.set()
+                else:
+                    self._went_well(reader, outcome, limit, seconds)
+        finally:
+            now = self._platform.monotonic()
+            for reader in group:
+                reader.is_busy = False
+                reader.turns += 1
+                reader.note(now)
+            self._hint.set()
+            if any(isinstance(r.work, Subscription) for r in self.readers.values()):
+                for reader in self.readers.values():
+                    reader.is_due = reader.is_due or isinstance(reader.work, Subscription)
+
+    async def _turn(self, group: Sequence[Followed], limit: int) -> Outcome:
+        (first, *_) = group
+        if isinstance(first.work, Subscription):
+            return await first.work.turn(limit)
+        folds = [reader.work for reader in group]
+        return await self._platform.in_thread(self._pages.fold, folds, limit)
+
+    def _went_well(self, reader: Followed, outcome: Outcome, limit: int, seconds: float) -> None:
+        reader.pause = reader.not_before = 0.0
+        reader.is_alone = False
+        reader.head = max(reader.head, outcome.head)
+        reader.is_due = reader.is_due or outcome.has_more
+        if not outcome.events:
+            return
+        rate = outcome.events / max(seconds, 1e-6)
+        reader.rate = rate if not reader.rate else reader.rate + SMOOTHING * (rate - reader.rate)
+        if outcome.has_more:
+            allowed = limit * self._page_seconds / max(seconds, 1e-6)
+            grown = min(allowed, limit * GROWTH, self._page_size)
+            reader.limit = max(1, int(grown))
+        self._paged(reader.reader, outcome.events, seconds)
+
+    async def _failed(
+        self, reader: Followed, error: Exception, limit: int, *, is_shared: bool
+    ) -> None:
+        """Try again later, or alone, or with less; at last put aside what it cannot take in."""
+        reader.is_due = reader.is_alone = True
+        work = reader.work
+        if may_pass(error) or isinstance(work, Subscription):
+            reader.pause = min(max(2 * reader.pause, FIRST_PAUSE), LONGEST_PAUSE)
+            reader.not_before = self._platform.monotonic() + reader.pause
+            text = described(error)
+            _log.warning("%s waits %.2f s: %s", _name(reader), reader.pause, text)
+        elif is_shared:
+            pass  # whose fault it is shows when they are alone
+        elif not is_poison(error):
+            self._halt(reader, error)
+        elif limit > 1:
+            reader.limit = max(1, limit // 2)  # so it is found
+        elif work.policy == "halt":
+            self._halt(reader, error)
+        elif work.checkpoint.dead_letters >= MAX_DEAD_LETTERS:
+            self._halt(reader, TooManyDeadLettersError(_name(reader), MAX_DEAD_LETTERS))
+        else:
+            await self._park(reader, work, error)
+
+    async def _park(self, reader: Followed, fold: Fold[Any], error: Exception) -> None:
+        why = described(error)
+        try:
+            await self._platform.in_thread(self._pages.park, fold, why)
+        except Exception as failure:  # noqa: BLE001 - as any page's
+            if not may_pass(failure):
+                self._halt(reader, failure)
+            return
+        reader.is_alone = False
+        _log.error("%s has put an event aside: %s", _name(reader), why)
+
+    def _halt(self, reader: Followed, error: Exception) -> None:
+        reader.failure = failure_of(_name(reader), error)
+        reader.is_mine = False  # its lease runs out: another process may know how to go on
+        _log.error("%s stopped: %s", _name(reader), reader.failure)
+
+    async def _sleep(self, hint: asyncio.Event, seconds: float) -> bool:
+        """Wait for a hint; tell whether it came."""
+        try:
+            async with asyncio.timeout(seconds):
+                return await hint.wait()
+        except TimeoutError:
+            return False
+
+
+def _name(reader: Followed) -> str:
+    return f"{reader.reader.name}_v{reader.reader.version}"

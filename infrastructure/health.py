@@ -4,20 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
 
 from pydantic import TypeAdapter
 
 
+class ReaderState(StrEnum):
+    """What a view, a process or a subscriber is doing."""
+
+    LIVE = "live"
+    """This process keeps it as new as the log."""
+    WATCHED = "watched"
+    """Another process does, or nobody yet."""
+    BUILDING = "building"
+    """It has not been as far as the log yet, and is not shown."""
+    WAITING = "waiting"
+    """The database fails; it is tried again."""
+    HALTED = "halted"
+    """It met what it cannot take in."""
+
+
 @dataclass(frozen=True, slots=True)
 class ProjectionHealth:
-    """How far one view is. Positions are the log's."""
+    """How far one view, process or subscriber is. Positions are the log's."""
 
     name: str
     version: int
+    state: ReaderState
     position: int
     lag: int
     """Positions behind the log's end, as of the last look."""
+    lag_seconds: float
+    """Since when it is behind."""
+    rate: float
+    """Events a second, while this process had some to take in."""
+    dead_letters: int
+    """Events that were put aside, by row: an event that changes two counts twice."""
     failure: str | None
     """Why it stopped, if it did."""
 

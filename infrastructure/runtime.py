@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -29,21 +29,29 @@ from leftfold.application import (
 )
 from leftfold.application.admission import Admission
 from leftfold.application.bus import Outcome, Step
+from leftfold.application.checkpoints import DeadLetter
 from leftfold.application.execution import Execution
 from leftfold.application.middleware import conflict_retry, logged, timeout
-from leftfold.application.ports import Store
+from leftfold.application.ports import Heard, Store
 from leftfold.application.reading import answer
 from leftfold.domain import Err, Ok, Result
 from leftfold.infrastructure.access import StoreAccess
-from leftfold.infrastructure.errors import ForkedRuntimeError, NotRunningError
-from leftfold.infrastructure.follower import Follower
-from leftfold.infrastructure.health import Health, ProjectionHealth, Watched
+from leftfold.infrastructure.errors import (
+    ForkedRuntimeError,
+    NotRunningError,
+    StoreUnavailableError,
+)
+from leftfold.infrastructure.follower import Followed, Follower, unheard
+from leftfold.infrastructure.health import Health, Watched
 from leftfold.infrastructure.keyring import Keyring
+from leftfold.infrastructure.pages import Fold, InlineViews, Pages
 from leftfold.infrastructure.platform import PATIENCE, SystemPlatform, at_work, sigterm
 from leftfold.infrastructure.resilience import CircuitState
 from leftfold.infrastructure.settings import Settings, load_settings
 from leftfold.infrastructure.stores import SharedLog, make_store
 from leftfold.infrastructure.stores.keys import make_keys
+from leftfold.infrastructure.subscriptions import Subscription
+from leftfold.infrastructure.upkeep import Retried, Upkeep, named
 from leftfold.infrastructure.views import FollowedViews, StoredHistories
 
 if TYPE_CHECKING:
@@ -103,6 +111,7 @@ class Runtime:
         self._platform: SystemPlatform | None = None  # from the beginning of open to close's end
         self._parts: _Parts | None = None
         self._closing: asyncio.Task[None] | None = None
+        self._inline = InlineViews(())
 
     @property
     def commands(self) -> CommandBus:
@@ -132,14 +141,11 @@ class Runtime:
         and `Err(ViewStopped)` at once for a view that cannot go on. Raises `InvalidModelError`
         for a name that the model does not have.
         """
-        followers = list(self._followers.values())
-        if projections is not None:
-            names = set(projections)
-            unknown = names - {p.name for p in self.model.projections}
-            if unknown:
-                raise InvalidModelError(f"there is no projection {', '.join(sorted(unknown))}")
-            followers = [f for f in followers if f.projection.name in names]
-        return await self._wait(followers, receipt.position, timeout)
+        readers = self._opened.follower.readers
+        if projections is None:
+            return await self._wait(readers.values(), receipt.position, timeout)
+        found = named(readers, tuple(projections))
+        return await self._wait(found, receipt.position, timeout)
 
     async def catch_up(
         self, timeout: float | None = None
@@ -153,7 +159,7 @@ class Runtime:
             head = await parts.access.read(self._store.log.head)
         except EventStoreUnavailable as error:
             return Err(error)
-        return await self._wait(parts.followers.values(), head, timeout)
+        return await self._wait(parts.follower.readers.values(), head, timeout)
 
     async def forget(self, subject: str) -> bool:
         """Erase a subject's personal data; tell whether there was any.
@@ -174,6 +180,28 @@ class Runtime:
         """
         await self._opened.platform.in_thread(self._keyring.provide, subjects)
 
+    async def dead_letters(self, name: str) -> tuple[DeadLetter, ...]:
+        """Return what a projection, process or subscriber could not take in, by position.
+
+        Raises `InvalidModelError` for a name that the model does not have, and
+        `EventStoreUnavailable`.
+        """
+        return await self._opened.upkeep.dead_letters(name)
+
+    async def retry(self, name: str) -> Retried:
+        """Take in what was put aside, in order; one that had stopped goes on.
+
+        Raises as `dead_letters` does.
+        """
+        return await self._opened.upkeep.retry(name)
+
+    async def drop_dead_letters(self, name: str, position: int | None = None) -> int:
+        """Give up what was put aside, or the event at a position; return how many events.
+
+        What waits behind it stays until a retry. Raises as `dead_letters` does.
+        """
+        return await self._opened.upkeep.drop(name, position)
+
     async def purge_receipts(self) -> int:
         """Delete the receipts that are older than the setting `receipts_kept`; return how many.
 
@@ -183,16 +211,9 @@ class Runtime:
 
     def health(self) -> Health:
         """Tell how the runtime is, without asking the database."""
-        projections = tuple(
-            ProjectionHealth(
-                follower.projection.name,
-                follower.projection.version,
-                follower.position,
-                max(0, follower.head - follower.position),
-                None if follower.failure is None else str(follower.failure),
-            )
-            for follower in self._followers.values()
-        )
+        now = self._opened.platform.monotonic()
+        readers = self._opened.follower.readers.values()
+        projections = tuple(reader.health(now) for reader in readers)
         breaker = self._opened.access.breaker
         is_healthy = breaker.state is CircuitState.CLOSED and all(
             p.failure is None for p in projections
@@ -229,6 +250,7 @@ class Runtime:
                 (self._guard, *self._middleware),
                 telemetry,
             )
+            await self._parts.begin(self._inline)
             undo.pop_all()
         if telemetry is not None:
             parts = self.health().parts
@@ -249,9 +271,7 @@ class Runtime:
 
     def follow(self) -> None:
         """Begin to keep the views up to date in this process, if it does not yet."""
-        for follower in self._followers.values():
-            follower.folds = True
-            follower.wake()
+        self._opened.follower.follow()
 
     async def close(self) -> None:
         """Finish the commands, queries and pages under way, refuse new ones, and close the store.
@@ -289,19 +309,12 @@ class Runtime:
             raise NotRunningError
         return self._parts
 
-    @property
-    def _followers(self) -> Mapping[str, Follower[Any]]:
-        return self._opened.followers
-
     async def _wait(
-        self, followers: Iterable[Follower[Any]], position: int, timeout: float | None
+        self, readers: Iterable[Followed], position: int, timeout: float | None
     ) -> Result[None, ViewBehind]:
         seconds = self.settings.view_timeout if timeout is None else timeout
-        try:
-            await asyncio.gather(*(f.wait_for(position, seconds) for f in followers))
-        except ViewBehind as behind:
-            return Err(behind)
-        return Ok(None)
+        behind = await self._opened.follower.wait_for(readers, position, seconds)
+        return Ok(None) if behind is None else Err(behind)
 
     def _check_owner(self) -> None:
         if os.getpid() != self._owner:
@@ -312,8 +325,12 @@ class Runtime:
         return await call_next(dispatch)
 
     def _open_store(self) -> None:
+        self._inline = inline = InlineViews([p for p in self.model.projections if p.inline])
         self._store.open(
-            self.model.projections, create_tables=self.settings.create_tables, keys=self._keyring
+            self.model.readers,
+            create_tables=self.settings.create_tables,
+            keys=self._keyring,
+            inline=inline if inline.projections else None,
         )
         self._keyring.open(create_tables=self.settings.create_tables)
 
@@ -354,19 +371,6 @@ class _Parts:
         self.mapper = mapper
         self._poll_interval = settings.poll_interval
         self._store_timeout = settings.store_timeout
-        self.followers: dict[str, Follower[Any]] = {
-            projection.table: Follower(
-                projection,
-                store.log,
-                store.views,
-                mapper,
-                platform,
-                settings.page_size,
-                settings.poll_interval,
-                *(() if telemetry is None else (telemetry.page,)),
-            )
-            for projection in model.projections
-        }
         self.access = StoreAccess(
             store.log,
             platform,
@@ -398,21 +402,48 @@ class _Parts:
             platform.new_id,
         )
         self._services = [service(store=factory) for service in model.services]
+        self._processes = [process(store=factory) for process in model.processes]
+        self.pages = Pages(store.log, store.views, mapper, platform)
+        self.follower = Follower(
+            [
+                *(Followed(Fold(p), is_inline=p.inline) for p in model.projections),
+                *(Followed(Fold(p.projection, p)) for p in self._processes),
+                *(Followed(Subscription(s, self.pages, platform)) for s in model.subscribers),
+            ],
+            self.pages,
+            store.views,
+            store.log,
+            platform,
+            page_size=settings.page_size,
+            page_seconds=settings.page_seconds,
+            poll_interval=settings.poll_interval,
+            paged=unheard if telemetry is None else telemetry.page,
+        )
+        self.upkeep = Upkeep(self.follower, self.pages, platform, self.access)
         for service in self._services:
             self.commands.add(*service.handlers())
         self._asking = Admission()
         self.queries = QueryBus((*around, self._asking), partial(_answer, platform))
-        views = FollowedViews(store, self.followers, self.access, settings.view_timeout)
+        views = FollowedViews(store, self.follower, self.access, settings.view_timeout)
         histories = StoredHistories(store, mapper, self.access)
         for query_service in model.queries:
             self.queries.add(*query_service(views, histories).handlers())
-        self._following = [platform.spawn(f.run()) for f in self.followers.values()]
-        self._watching = platform.spawn(self._watch())
-        self._housekeeping = (
-            platform.spawn(self._cut()),
-            platform.spawn(self._forget()),
-            platform.spawn(self._purge(settings.receipts_kept)),
-        )
+        self._receipts_kept = settings.receipts_kept
+        self._following: tuple[asyncio.Future[None], ...] = ()
+        self._housekeeping = [platform.spawn(self._cut())]
+
+    async def begin(self, inline: InlineViews) -> None:
+        """Bring inline views as far as the log, learn how far the others are, and go on."""
+        try:
+            if inline.projections:
+                await self.platform.in_thread(inline.use, self.pages)
+            await self.follower.begin()
+        except PersistenceError as error:
+            raise StoreUnavailableError(self._store.name, str(error)) from error
+        spawn = self.platform.spawn
+        self._watching = asyncio.ensure_future(spawn(self._watch()))
+        self._following = (asyncio.ensure_future(spawn(self.follower.run())), self._watching)
+        self._housekeeping += spawn(self._forget()), spawn(self._purge(self._receipts_kept))
 
     async def drain(self, seconds: float) -> None:
         """Finish commands, then queries, which commands may need; each within some seconds."""
@@ -422,16 +453,15 @@ class _Parts:
 
     async def stop(self) -> None:
         """Finish the pages under way, and listen no more."""
-        for follower in self.followers.values():
-            follower.stop()
-        self._watching.cancel()
-        await _within(PATIENCE, asyncio.wait((*self._following, self._watching)))
+        self.follower.stop()
+        if self._following:
+            self._watching.cancel()
+            await _within(PATIENCE, asyncio.wait(self._following))
         for task in self._housekeeping:
             task.cancel()
 
     def _wake(self) -> None:
-        for follower in self.followers.values():
-            follower.wake()
+        self.follower.wake()
 
     async def _cut(self) -> None:
         """Cut off calls that hang, whatever else hangs."""
@@ -473,10 +503,14 @@ class _Parts:
 
         def hear() -> None:
             nonlocal listening
-            if not store.heard() and listening is not None:
+            heard = store.heard()
+            if Heard.END in heard and listening is not None:
                 loop.remove_reader(listening)
                 listening = None
-            self._wake()
+            if Heard.VIEWS in heard:
+                self.follower.look()
+            if heard != Heard.VIEWS:
+                self._wake()
 
         try:
             while True:
@@ -491,6 +525,7 @@ class _Parts:
                     with at_work:
                         is_hint = is_deaf or store.has_changed()
                     if is_hint:
+                        self.follower.look()
                         self._wake()
                 await self.platform.sleep(self._poll_interval)
         finally:

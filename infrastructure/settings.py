@@ -50,6 +50,8 @@ class Settings(BaseSettings):
     """Keep views up to date in this process; if not, `Runtime.follow` or another process has to."""
     page_size: Annotated[int, Field(ge=1, le=100_000)] = 20000
     """Events a projection folds in one transaction, at most."""
+    page_seconds: Seconds = 0.25
+    """Seconds that a page may take: its size adapts, so that newer events do not wait long."""
     poll_interval: Seconds = 0.1
     """Seconds between looks at the log when no hint comes."""
     lock_timeout: Annotated[int, Field(ge=1)] = 5

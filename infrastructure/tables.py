@@ -271,14 +271,18 @@ class ViewTable(Generic[R]):
     def indexes(self) -> dict[str, str]:
         """How the projection's indexes are made, by their names; the key ends each, for paging."""
         # Pages begin with the absent; PostgreSQL's indexes end with them unless they are told.
-        is_sqlite, columns = self.dialect is SQLITE, self.table.c
-        made = (
+        is_sqlite, columns, projection = self.dialect is SQLITE, self.table.c, self.projection
+        made = [
             sa.Index(
                 "_".join((self.table.name, *names, "index")),
                 *(columns[n] if is_sqlite else columns[n].asc().nulls_first() for n in names),
                 columns.key,
             )
-            for names in self.projection.indexes
+            for names in projection.indexes
+        ]
+        made += (
+            sa.Index(unique_index(projection, names), *(columns[n] for n in names), unique=True)
+            for names in projection.unique
         )
         return {str(i.name): self._text(CreateIndex(i, if_not_exists=True)) for i in made}
 
@@ -322,6 +326,11 @@ class ViewTable(Generic[R]):
 
     def _text(self, element: sa.schema.ExecutableDDLElement) -> str:
         return str(element.compile(dialect=self.dialect)).strip()
+
+
+def unique_index(projection: Projection[Any], columns: tuple[str, ...]) -> str:
+    """Return the name of the index that keeps columns unique."""
+    return "_".join((projection.table, *columns, "unique"))
 
 
 def _beyond(

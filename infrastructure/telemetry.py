@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from leftfold.application import Command, Dispatch, Projection
+from leftfold.application import Command, Dispatch
 from leftfold.application.bus import Outcome, Step
+from leftfold.application.checkpoints import Reader
 from leftfold.domain import Err
 from leftfold.infrastructure.errors import MissingPackageError, NotRunningError
 from leftfold.infrastructure.health import Health
@@ -82,12 +83,13 @@ class Telemetry:
                 self._dispatches.record(monotonic() - begun, {**facts, "leftfold.outcome": told})
             return outcome
 
-    def page(self, projection: Projection[Any], events: int, seconds: float) -> None:
-        """Tell of a page that was written."""
-        facts = {"leftfold.view": projection.table}
+    def page(self, reader: Reader, events: int, seconds: float) -> None:
+        """Tell of a page that was taken in."""
+        name = f"{reader.name}_v{reader.version}"
+        facts = {"leftfold.view": name}
         end = int(epoch_seconds() * 1e9)
         span = self._tracer.start_span(
-            f"page {projection.table}",
+            f"page {name}",
             attributes={**facts, "leftfold.events": events},
             start_time=end - int(seconds * 1e9),
         )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 from uuid import UUID
 
 from leftfold.application import EventMapper, InvalidModelError, Page, Projection, ValidationFailed
+from leftfold.application.errors import ViewBuilding
 from leftfold.application.planning import Plan, plan
 from leftfold.application.ports import Access, Order, Seek, Store
 from leftfold.application.reading import (
@@ -43,13 +44,13 @@ class FollowedViews:
     def __init__(
         self,
         store: Store,
-        followers: Mapping[str, Follower[Any]],
+        follower: Follower,
         access: Access,
         timeout: float,
     ) -> None:
         """Wait up to `timeout` seconds for a view to see what a query asks for."""
         self._store = store
-        self._followers = followers
+        self._follower = follower
         self._access = access
         self._timeout = timeout
 
@@ -123,15 +124,19 @@ class FollowedViews:
         return found[:limit]
 
     async def _read(self, projection: Projection[Any], function: Callable[..., T], *args: Any) -> T:
-        follower = self._followers.get(projection.table)
-        if follower is None:
+        reader = self._follower.readers.get(projection.table)
+        if reader is None:
             raise InvalidModelError(f"{projection.table} is no projection of this model")
+        if not reader.checkpoint.is_built:
+            raise ViewBuilding(projection.name, reader.position, reader.head)
         after = current_after.get()
         if after is not None:
-            await follower.wait_for(after.position, self._timeout)
+            behind = await self._follower.wait_for([reader], after.position, self._timeout)
+            if behind is not None:
+                raise behind
         read_at = current_read.get()
         if read_at is not None:
-            read_at.note(follower.position)
+            read_at.note(reader.position)
         return await self._access.read(function, *args)
 
 

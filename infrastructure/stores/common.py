@@ -12,13 +12,16 @@ import sqlalchemy as sa
 from eventsourcing.persistence import Notification, StoredEvent
 
 from leftfold.application import Projection
+from leftfold.application.checkpoints import Reader
+from leftfold.application.errors import NotUnique
 from leftfold.application.ports import EncodedEvent, Failed, Group, LoggedEvent, Stale, Verdict
 from leftfold.domain.personal import Keys
-from leftfold.infrastructure.tables import ViewTable
+from leftfold.infrastructure.errors import ViewChangedError
+from leftfold.infrastructure.tables import ViewTable, unique_index
 
 R = TypeVar("R")
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MAX_VERSION = 2**62
 
 
@@ -102,9 +105,7 @@ class Notifying:
     """The library's notifications, from the log's own reading."""
 
     @abstractmethod
-    def read(
-        self, after: int, limit: int, topics: Sequence[str] = (), *, without: Sequence[str] = ()
-    ) -> list[LoggedEvent]: ...
+    def read(self, after: int, limit: int, topics: Sequence[str] = ()) -> list[LoggedEvent]: ...
 
     def select_notifications(
         self,
@@ -130,8 +131,9 @@ class Tables:
 
     dialect: ClassVar[sa.Dialect]
 
-    def __init__(self, keys: Keys | None) -> None:
+    def __init__(self, keys: Keys | None, *, may_define: bool) -> None:
         self._keys = keys
+        self._may_define = may_define
         self._tables: dict[str, ViewTable[Any]] = {}
 
     def table(self, projection: Projection[R]) -> ViewTable[R]:
@@ -169,3 +171,23 @@ def dump_aggregates(aggregates: Sequence[tuple[UUID, int]]) -> str:
 def load_aggregates(text: str) -> tuple[tuple[UUID, int], ...]:
     """Return the aggregates of a command's row."""
     return tuple((UUID(i), version) for i, version in json.loads(text))
+
+
+def check_unchanged(reader: Reader, columns: str, found: tuple[str, str]) -> None:
+    """Compare a reader with what is stored of it: its columns, and what it reads.
+
+    Raises `ViewChangedError`. Nothing is known of what older releases read.
+    """
+    now = (columns, reader.reads)
+    for then, this in zip(found, now, strict=True):
+        if then not in (this, ""):
+            raise ViewChangedError(f"{reader.name}_v{reader.version}", then, this)
+
+
+def not_unique(projection: Projection[Any], name: str) -> NotUnique | None:
+    """Return the refusal that the name of a violated index or its columns stands for."""
+    for columns in projection.unique:
+        listed = ", ".join(f"{projection.table}.{column}" for column in columns)
+        if name in (listed, unique_index(projection, columns)):
+            return NotUnique(projection.name, columns)
+    return None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import islice, takewhile
 from typing import Any, TypeVar
 from uuid import UUID
@@ -10,12 +11,16 @@ from uuid import UUID
 from eventsourcing.persistence import StoredEvent
 from eventsourcing.popo import POPOProcessRecorder
 
-from leftfold.application import Projection
+from leftfold.application import InvalidModelError, Projection
+from leftfold.application.checkpoints import Change, Checkpoint, DeadLetter, Reader
+from leftfold.application.errors import NotUnique
 from leftfold.application.ports import (
     NOTHING,
     Committed,
     EncodedEvent,
     Group,
+    Heard,
+    Inline,
     LoggedEvent,
     Order,
     RecordedCommand,
@@ -25,11 +30,12 @@ from leftfold.application.ports import (
     StoredSnapshot,
     Verdict,
 )
-from leftfold.domain import ALWAYS, Specification
+from leftfold.domain import ALWAYS, LeftfoldError, Specification
 from leftfold.domain.personal import Keys
 from leftfold.domain.specification.values import plain
 from leftfold.infrastructure.platform import monotonic
 from leftfold.infrastructure.rows import RowShape
+from leftfold.infrastructure.stores.verdicts import is_written, refused
 
 R = TypeVar("R")
 
@@ -41,6 +47,7 @@ class MemoryLog(POPOProcessRecorder):
 
     def __init__(self) -> None:
         super().__init__()
+        self.inline: Callable[[], None] = _nothing
         self._commands: dict[UUID, RecordedCommand] = {}
         self._recorded: dict[UUID, float] = {}  # oldest first
         self._kept: dict[UUID, StoredSnapshot] = {}
@@ -52,6 +59,28 @@ class MemoryLog(POPOProcessRecorder):
         return verdicts
 
     def _commit(self, group: Group) -> Verdict:
+        """Write a group, and what inline views make of it; all or nothing."""
+        begun = len(self._stored_events)
+        verdict = self._append(group)
+        if isinstance(verdict, Committed):
+            try:
+                self.inline()
+            except LeftfoldError as error:
+                self._take_back(group, begun)
+                return refused(error)
+            except BaseException:
+                self._take_back(group, begun)
+                raise
+        return verdict
+
+    def _take_back(self, group: Group, begun: int) -> None:
+        for event in self._stored_events[begun:]:
+            del self._stored_events_index[str(event.originator_id)][event.originator_version]
+        del self._stored_events[begun:]
+        for save in group.saves:
+            del self._recorded[save.command_id], self._commands[save.command_id]
+
+    def _append(self, group: Group) -> Verdict:
         index, events = self._stored_events_index, self._stored_events
         for aggregate_id, version in group.based_on:
             if len(index.get(str(aggregate_id), ())) != version:
@@ -140,16 +169,14 @@ class MemoryLog(POPOProcessRecorder):
                 del self._recorded[command_id], self._commands[command_id]
         return len(old)
 
-    def read(
-        self, after: int, limit: int, topics: Sequence[str] = (), *, without: Sequence[str] = ()
-    ) -> list[LoggedEvent]:
-        wanted, unwanted = frozenset(topics), frozenset(without)
+    def read(self, after: int, limit: int, topics: Sequence[str] = ()) -> list[LoggedEvent]:
+        wanted = frozenset(topics)
         found: list[LoggedEvent] = []
         with self._database_lock:
             events = self._stored_events
             for at in range(after, len(events)):
                 event = events[at]
-                if (not wanted or event.topic in wanted) and event.topic not in unwanted:
+                if not wanted or event.topic in wanted:
                     aggregate_id = event.originator_id
                     assert isinstance(aggregate_id, UUID)  # noqa: S101 - our mapper's
                     found.append(
@@ -161,8 +188,16 @@ class MemoryLog(POPOProcessRecorder):
                         break
         return found
 
+    def topics(self) -> frozenset[str]:
+        with self._database_lock:
+            return frozenset(event.topic for event in self._stored_events)
+
     def head(self) -> int:
         return len(self._stored_events)
+
+    def locked(self) -> AbstractContextManager[object]:
+        """Let nobody else write meanwhile."""
+        return self._database_lock
 
 
 def _encoded(aggregate_id: UUID, event: StoredEvent) -> EncodedEvent:
@@ -172,9 +207,11 @@ def _encoded(aggregate_id: UUID, event: StoredEvent) -> EncodedEvent:
 class MemoryViews:
     """Views as dictionaries."""
 
-    def __init__(self) -> None:
+    def __init__(self, log: MemoryLog) -> None:
+        self._log = log
         self._rows: dict[str, dict[str, Any]] = {}
-        self._checkpoints: dict[str, int] = {}
+        self._checkpoints: dict[tuple[str, int], Checkpoint] = {}
+        self._letters: dict[tuple[str, int], dict[tuple[int, str], DeadLetter]] = {}
         self._shapes: dict[str, RowShape[Any]] = {}
 
     def _shape(self, projection: Projection[R]) -> RowShape[R]:
@@ -182,8 +219,29 @@ class MemoryViews:
             self._shapes[projection.table] = RowShape(projection)
         return self._shapes[projection.table]
 
-    def checkpoint(self, projection: Projection[Any]) -> int:
-        return self._checkpoints.get(projection.table, 0)
+    def checkpoints(self, readers: Sequence[Reader]) -> list[Checkpoint]:
+        return [
+            self._checkpoints.get(_id(reader), Checkpoint(0))._replace(
+                dead_letters=len(self._letters.get(_id(reader), ()))
+            )
+            for reader in readers
+        ]
+
+    def hold(self, readers: Sequence[Reader], owner: str, seconds: float) -> list[Checkpoint]:  # noqa: ARG002 - there is no other process
+        for reader, found in zip(readers, self.checkpoints(readers), strict=True):
+            if not found.is_held:
+                held = found._replace(owner=owner, is_held=True, epoch=found.epoch + 1)
+                self._checkpoints[_id(reader)] = held
+        return self.checkpoints(readers)
+
+    def release(self, owner: str) -> None:
+        for reader_id, found in self._checkpoints.items():
+            if found.owner == owner:
+                self._checkpoints[reader_id] = found._replace(owner="", is_held=False)
+
+    def dead_letters(self, reader: Reader) -> list[DeadLetter]:
+        letters = self._letters.get(_id(reader), {})
+        return [letters[at] for at in sorted(letters)]
 
     def load(self, projection: Projection[R], keys: Sequence[str]) -> dict[str, R]:
         rows: dict[str, R] = self._rows.get(projection.table, {})
@@ -191,22 +249,59 @@ class MemoryViews:
 
     def write(
         self,
-        projection: Projection[R],
-        rows: Mapping[str, R | None],
-        expected: int,
+        changes: Sequence[Change],
         position: int,
+        *,
+        group: Group | None = None,
+        is_built: bool = False,
+        is_fence: bool = False,
     ) -> bool:
+        tables: dict[str, dict[str, Any]] = {}
+        for change in changes:
+            if isinstance(change.reader, Projection):
+                tables[change.reader.table] = self._changed(change.reader, change.rows)
+        with self._log.locked():
+            found = self.checkpoints([change.reader for change in changes])
+            for change, now in zip(changes, found, strict=True):
+                if (now.position, now.epoch) != (
+                    change.checkpoint.position,
+                    change.checkpoint.epoch,
+                ):
+                    return False
+            if group is not None and not is_written(self._log.commit([group])[0]):
+                return False
+            self._rows.update(tables)
+            for change, now in zip(changes, found, strict=True):
+                self._checkpoints[_id(change.reader)] = now._replace(
+                    position=position,
+                    epoch=now.epoch + is_fence,
+                    is_built=now.is_built or is_built,
+                )
+                letters = self._letters.setdefault(_id(change.reader), {})
+                for letter in change.released:
+                    letters.pop((letter.position, letter.key), None)
+                letters.update({(letter.position, letter.key): letter for letter in change.parked})
+        return True
+
+    def _changed(self, projection: Projection[R], rows: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the table with these rows: a new one, so that readers see all of a page or none.
+
+        Raises what a database would.
+        """
         shape = self._shape(projection)
         for key, changed in rows.items():
             if changed is not None:
                 shape.encode(key, changed)  # refuses what no database could keep
-        if self.checkpoint(projection) != expected:
-            return False
-        # A new dictionary, so that a reader in another thread sees all of a page or nothing.
         table = {**self._rows.get(projection.table, {}), **rows}
-        self._rows[projection.table] = {k: row for k, row in table.items() if row is not None}
-        self._checkpoints[projection.table] = position
-        return True
+        kept = {key: row for key, row in table.items() if row is not None}
+        for columns in projection.unique:
+            seen = set[tuple[object, ...]]()
+            for row in kept.values():
+                values = tuple(getattr(row, name) for name in columns)
+                if None not in values and values in seen:
+                    raise NotUnique(projection.name, columns)
+                seen.add(values)
+        return kept
 
     def get(self, projection: Projection[R], key: str) -> R | None:
         row: R | None = self._rows.get(projection.table, {}).get(key)
@@ -248,6 +343,14 @@ class MemoryViews:
         return len(self.select(projection, None, None, None, where))
 
 
+def _id(reader: Reader) -> tuple[str, int]:
+    return reader.name, reader.version
+
+
+def _nothing() -> None:
+    """There are no inline views."""
+
+
 class MemoryStore:
     """All of it in this process; gone when the store is closed."""
 
@@ -256,18 +359,26 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self.log = MemoryLog()
-        self.views = MemoryViews()
+        self.views = MemoryViews(self.log)
 
     def open(
         self,
-        projections: Sequence[Projection[Any]],
+        readers: Sequence[Reader],
         *,
         create_tables: bool,  # noqa: ARG002 - there are none
         keys: Keys | None = None,  # noqa: ARG002 - rows are kept as they are
+        inline: Inline | None = None,
     ) -> None:
         """Check the row types: there are no tables to make. Raises `InvalidModelError`."""
-        for projection in projections:
-            RowShape(projection)
+        for reader in readers:
+            if isinstance(reader, Projection):
+                RowShape(reader)
+                if reader.writes is not None:
+                    raise InvalidModelError(
+                        f"{reader.name}: the store in memory runs no statements"
+                    )
+        if inline is not None:
+            self.log.inline = lambda: inline(self.log, self.views)
 
     def close(self) -> None:
         """Nothing to close."""
@@ -275,8 +386,8 @@ class MemoryStore:
     def listen(self) -> None:
         """No other process writes: there is nothing to hear."""
 
-    def heard(self) -> bool:
-        return True
+    def heard(self) -> Heard:
+        return Heard.NOTHING
 
     def committing(self) -> None:
         """Commit by `log.commit` only."""

@@ -6,6 +6,8 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import astuple
 from threading import Lock  # noqa: TID251 - no thread is started: callers are threads
 from typing import Any, TypeVar
 from uuid import UUID
@@ -24,12 +26,16 @@ from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import DictRow, TupleRow, dict_row, tuple_row
 
 from leftfold.application import Projection
+from leftfold.application.checkpoints import Change, Checkpoint, DeadLetter, Reader
 from leftfold.application.ports import (
     NOTHING,
     Commit,
+    Committed,
     EncodedEvent,
     Failed,
     Group,
+    Heard,
+    Inline,
     LoggedEvent,
     Order,
     RecordedCommand,
@@ -37,14 +43,13 @@ from leftfold.application.ports import (
     StoredSnapshot,
     Verdict,
 )
-from leftfold.domain import ALWAYS, Specification
+from leftfold.domain import ALWAYS, LeftfoldError, Specification
 from leftfold.domain.personal import Keys
 from leftfold.infrastructure.errors import (
     InvalidSettingsError,
     SchemaMissingError,
     SchemaVersionError,
     StoreUnavailableError,
-    ViewChangedError,
 )
 from leftfold.infrastructure.platform import monotonic, shut_down
 from leftfold.infrastructure.settings import masked
@@ -54,9 +59,12 @@ from leftfold.infrastructure.stores.common import (
     Notifying,
     Run,
     Tables,
+    check_unchanged,
     commit_in_runs,
     encoded,
     load_aggregates,
+    not_unique,
+    runs,
 )
 from leftfold.infrastructure.stores.postgres_arrays import take_packed
 from leftfold.infrastructure.stores.postgres_commits import (
@@ -74,17 +82,41 @@ from leftfold.infrastructure.stores.postgres_schema import (
     LOCK,
     STATEMENTS,
 )
+from leftfold.infrastructure.stores.verdicts import is_written, refused
 from leftfold.infrastructure.tables import POSTGRES, ViewTable
 
 R = TypeVar("R")
 Cursor = psycopg.Cursor[TupleRow]
 
-CHANNEL = "stored_events"
+CHANNEL, VIEWS_CHANNEL = "stored_events", "leftfold_views"
 DDL_LOCK = 0x1EF7F01D  # one number for all processes: whoever holds it changes tables
 CONNECT_TIMEOUT = 1.0
 """Seconds to wait for a connection; one that takes longer is there for the next attempt."""
 KEEPALIVE = {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3}
 """Seconds, and probes: a peer that is gone is noticed, also where nothing is under way."""
+READ = (
+    "SELECT notification_id, originator_id, originator_version, topic, state FROM stored_events "
+    "WHERE notification_id > %s ORDER BY notification_id LIMIT %s"
+)
+READ_TOPICS = (
+    "SELECT notification_id, originator_id, originator_version, topic, state FROM ("
+    "SELECT notification_id FROM unnest(%s::text[]) AS given (wanted), LATERAL ("
+    "SELECT notification_id FROM stored_events WHERE topic = wanted AND notification_id > %s "
+    "ORDER BY topic, notification_id LIMIT %s) AS found ORDER BY notification_id LIMIT %s"
+    ") AS found JOIN stored_events USING (notification_id) ORDER BY notification_id"
+)
+EACH_TOPIC = (
+    "WITH RECURSIVE found (topic) AS (SELECT min(topic) FROM stored_events UNION ALL "
+    "SELECT (SELECT min(topic) FROM stored_events WHERE topic > found.topic) FROM found "
+    "WHERE topic IS NOT NULL) SELECT topic FROM found WHERE topic IS NOT NULL"
+)
+CHECKPOINTS = (
+    "SELECT name, version, position, epoch, coalesce(owner, ''), "
+    "coalesce(lease > clock_timestamp(), false), built, (SELECT count(*) "
+    "FROM leftfold_dead_letters AS d WHERE d.name = c.name AND d.version = c.version) "
+    "FROM leftfold_checkpoints AS c "
+    "WHERE (name, version) IN (SELECT * FROM unnest(%s::text[], %s::int[]))"
+)
 CALL_COMMIT = f"SELECT * FROM leftfold_commit({', '.join(f'%b::{k}' for k in COMMIT_PARAMETERS)})"
 
 
@@ -181,11 +213,56 @@ def _session(lock_timeout: int) -> bytes:
     ).encode()
 
 
-class PostgresLog(Notifying, PostgresProcessRecorder):
+class _Joined:
+    """A transaction under way, for those who else begin one."""
+
+    def __init__(self, connection: psycopg.Connection[Any]) -> None:
+        self._connection = connection
+
+    @contextlib.contextmanager
+    def reading(self, *, binary: bool = False) -> Iterator[Cursor]:
+        with self._connection.cursor(row_factory=tuple_row, binary=binary) as cursor:
+            yield cursor
+
+    writing = reading
+
+
+class PostgresEvents:
+    """The log as it is read page by page."""
+
+    def __init__(self, datastore: PostgresDatabase | _Joined) -> None:
+        self.datastore = datastore
+
+    def read(self, after: int, limit: int, topics: Sequence[str] = ()) -> list[LoggedEvent]:
+        of_topics = (list(topics), after, limit, limit)
+        with self.datastore.reading(binary=True) as cursor:
+            if topics:
+                cursor.execute(READ_TOPICS, of_topics, prepare=True)
+            else:
+                cursor.execute(READ, (after, limit), prepare=True)
+            return [LoggedEvent(*values) for values in cursor]
+
+    def topics(self) -> frozenset[str]:
+        with self.datastore.reading() as cursor:
+            return frozenset(topic for (topic,) in cursor.execute(EACH_TOPIC))
+
+    def head(self) -> int:
+        with self.datastore.reading() as cursor:
+            cursor.execute("SELECT max(notification_id) FROM stored_events")
+            row = cursor.fetchone()
+            return (row[0] if row else 0) or 0
+
+
+class PostgresLog(PostgresEvents, Notifying, PostgresProcessRecorder):
     """The log and the recorder of the library, on one table of events."""
 
     is_local = False
     datastore: PostgresDatabase
+    views: PostgresViews
+    inline: Inline | None = None
+
+    def __init__(self, datastore: PostgresDatabase) -> None:
+        PostgresProcessRecorder.__init__(self, datastore, events_table_name="stored_events")
 
     # The application's port
 
@@ -195,20 +272,30 @@ class PostgresLog(Notifying, PostgresProcessRecorder):
     def _commit(self, run: Run) -> list[Verdict]:
         is_sent = False
         try:
-            with (
-                self.datastore.get_connection() as connection,
-                connection.cursor(row_factory=tuple_row, binary=True) as cursor,
-            ):
-                given = (*arrays(run), len(run.groups))
+            with self.datastore.get_connection() as connection:
                 is_sent = True
-                # One statement outside of a transaction: its end is the commit.
-                cursor.execute(CALL_COMMIT.encode(), given, prepare=True)
-                verdicts, positions = cursor.fetchone() or ((), ())
+                if self.inline is None:
+                    # One statement outside of a transaction: its end is the commit.
+                    return self.write(connection, run)
+                with connection.transaction():
+                    return self.write(connection, run)
+        except LeftfoldError as error:  # an inline view does not take it
+            return [refused(error)] * len(run.groups)
         except PersistenceError as error:
             if not isinstance(error.__cause__, psycopg.Error):
                 return [Failed(str(error), in_doubt=is_sent)] * len(run.groups)
             return [failed(error.__cause__, is_sent=is_sent)] * len(run.groups)
-        return judged(run, verdicts, positions)
+
+    def write(self, connection: psycopg.Connection[Any], run: Run) -> list[Verdict]:
+        """Write what may be written, and what inline views make of it."""
+        with connection.cursor(row_factory=tuple_row, binary=True) as cursor:
+            given = (*arrays(run), len(run.groups))
+            cursor.execute(CALL_COMMIT.encode(), given, prepare=True)
+            verdicts = judged(run, *(cursor.fetchone() or ((), ())))
+        if self.inline is not None and any(isinstance(v, Committed) for v in verdicts):
+            joined = _Joined(connection)
+            self.inline(PostgresEvents(joined), self.views.within(joined))
+        return verdicts
 
     def streams(
         self, aggregate_ids: Sequence[UUID], after: Mapping[UUID, int] = NOTHING
@@ -288,26 +375,6 @@ class PostgresLog(Notifying, PostgresProcessRecorder):
             )
             return cursor.rowcount
 
-    def read(
-        self, after: int, limit: int, topics: Sequence[str] = (), *, without: Sequence[str] = ()
-    ) -> list[LoggedEvent]:
-        with self.datastore.reading(binary=True) as cursor:
-            cursor.execute(
-                "SELECT notification_id, originator_id, originator_version, topic, state "
-                "FROM stored_events WHERE notification_id > %s "
-                "AND (%s::text[] IS NULL OR topic = ANY(%s)) AND topic <> ALL(%s) "
-                "ORDER BY notification_id LIMIT %s",
-                (after, list(topics) or None, list(topics) or None, list(without), limit),
-                prepare=True,
-            )
-            return [LoggedEvent(*values) for values in cursor]
-
-    def head(self) -> int:
-        with self.datastore.reading() as cursor:
-            cursor.execute("SELECT max(notification_id) FROM stored_events")
-            row = cursor.fetchone()
-            return (row[0] if row else 0) or 0
-
     # The library's recorder
 
     def insert_events(self, stored_events: Sequence[StoredEvent], **kwargs: Any) -> list[int]:
@@ -347,18 +414,54 @@ class PostgresViews(Tables):
 
     dialect = POSTGRES
 
-    def __init__(self, database: PostgresDatabase, keys: Keys | None) -> None:
-        super().__init__(keys)
-        self._database = database
+    def __init__(
+        self, database: PostgresDatabase, log: PostgresLog, keys: Keys | None, *, may_define: bool
+    ) -> None:
+        super().__init__(keys, may_define=may_define)
+        self._database: PostgresDatabase | _Joined = database
+        self._log = log
 
-    def checkpoint(self, projection: Projection[Any]) -> int:
+    def within(self, joined: _Joined) -> PostgresViews:
+        """Return the same views, in a transaction under way."""
+        views = copy(self)
+        views._database = joined
+        return views
+
+    def checkpoints(self, readers: Sequence[Reader]) -> list[Checkpoint]:
+        with self._database.reading() as cursor:
+            return _checkpoints(cursor, readers)
+
+    def hold(self, readers: Sequence[Reader], owner: str, seconds: float) -> list[Checkpoint]:
+        with self._database.writing() as cursor:
+            cursor.execute("SET LOCAL synchronous_commit = off")
+            cursor.execute(
+                "UPDATE leftfold_checkpoints SET owner = %(owner)s, "
+                "epoch = epoch + (owner IS DISTINCT FROM %(owner)s)::int, "
+                "lease = clock_timestamp() + make_interval(secs => %(seconds)s) "
+                "WHERE (name, version) IN (SELECT * FROM unnest(%(names)s::text[], "
+                "%(versions)s::int[])) AND (owner = %(owner)s OR owner IS NULL "
+                "OR lease < clock_timestamp())",
+                {"owner": owner, "seconds": seconds, **_named(readers)},
+            )
+            return _checkpoints(cursor, readers)
+
+    def release(self, owner: str) -> None:
+        with self._database.writing() as cursor:
+            cursor.execute(
+                "UPDATE leftfold_checkpoints SET owner = NULL, lease = NULL WHERE owner = %s",
+                (owner,),
+            )
+            cursor.execute(f"NOTIFY {VIEWS_CHANNEL}")
+
+    def dead_letters(self, reader: Reader) -> list[DeadLetter]:
         with self._database.reading() as cursor:
             cursor.execute(
-                "SELECT position FROM leftfold_checkpoints WHERE name = %s AND version = %s",
-                (projection.name, projection.version),
+                "SELECT position, key, originator_id, originator_version, topic, error, parked_at "
+                "FROM leftfold_dead_letters WHERE name = %s AND version = %s "
+                'ORDER BY position, key COLLATE "C"',
+                (reader.name, reader.version),
             )
-            row = cursor.fetchone()
-            return int(row[0]) if row else 0
+            return [DeadLetter(*values) for values in cursor]
 
     def load(self, projection: Projection[R], keys: Sequence[str]) -> dict[str, R]:
         table = self.table(projection)
@@ -369,31 +472,62 @@ class PostgresViews(Tables):
 
     def write(
         self,
-        projection: Projection[R],
-        rows: Mapping[str, R | None],
-        expected: int,
+        changes: Sequence[Change],
         position: int,
+        *,
+        group: Group | None = None,
+        is_built: bool = False,
+        is_fence: bool = False,
     ) -> bool:
-        table = self.table(projection)
-        changed = {key: row for key, row in rows.items() if row is not None}
-        document = table.encode_json(changed)
-        deleted = [key for key, row in rows.items() if row is None]
-        with self._database.writing() as cursor:
-            # Rows and checkpoint share the transaction: if it is lost, the page is folded again.
-            cursor.execute("SET LOCAL synchronous_commit = off")
-            cursor.execute(
-                "UPDATE leftfold_checkpoints SET position = %s "
-                "WHERE name = %s AND version = %s AND position = %s",
-                (position, projection.name, projection.version, expected),
-                prepare=True,
-            )
-            if cursor.rowcount != 1:
-                return False
-            if changed:
-                cursor.execute(table.upsert_json.encode(), (document,), prepare=True)
-            if deleted:
-                cursor.execute(f"{table.delete_by_key} = ANY(%s)".encode(), (deleted,))
+        documents = [self._encoded(change) for change in changes]
+        try:
+            with self._database.writing() as cursor:
+                if group is None:
+                    # If the transaction is lost, then with its checkpoint: it is folded again.
+                    cursor.execute("SET LOCAL synchronous_commit = off")
+                else:
+                    cursor.execute(LOCK)  # before any row is: as commits do it
+                _move(cursor, changes, position, is_built=is_built, is_fence=is_fence)
+                for change, document in zip(changes, documents, strict=True):
+                    self._write(cursor, change, document)
+                    if is_built and not change.checkpoint.is_built:
+                        self._show(cursor, change.reader)
+                for run in runs([group]) if group is not None else ():
+                    if run is None or not is_written(self._log.write(cursor.connection, run)[0]):
+                        raise _Moved  # noqa: TRY301 - it undoes what the block has written
+        except _Moved:
+            return False
         return True
+
+    def _encoded(self, change: Change) -> str:
+        changed = {key: row for key, row in change.rows.items() if row is not None}
+        if not changed or not isinstance(change.reader, Projection):
+            return ""
+        return self.table(change.reader).encode_json(changed)
+
+    def _write(self, cursor: Cursor, change: Change, document: str) -> None:
+        reader = change.reader
+        _put_aside(cursor, change)
+        if not isinstance(reader, Projection):
+            return
+        table = self.table(reader)
+        deleted = [key for key, row in change.rows.items() if row is None]
+        if deleted:
+            cursor.execute(f"{table.delete_by_key} = ANY(%s)".encode(), (deleted,))
+        try:
+            if document:
+                cursor.execute(table.upsert_json.encode(), (document,), prepare=True)
+        except psycopg.errors.UniqueViolation as error:
+            refusal = not_unique(reader, error.diag.constraint_name or "")
+            if refusal is None:
+                raise
+            raise refusal from None
+        if reader.writes is not None:
+            reader.writes(cursor.execute, change.events)
+
+    def _show(self, cursor: Cursor, reader: Reader) -> None:
+        if self._may_define and isinstance(reader, Projection):
+            _show(cursor, self.table(reader))
 
     def select(
         self,
@@ -434,10 +568,11 @@ class PostgresStore:
 
     def open(
         self,
-        projections: Sequence[Projection[Any]],
+        readers: Sequence[Reader],
         *,
         create_tables: bool,
         keys: Keys | None = None,
+        inline: Inline | None = None,
     ) -> None:
         """Connect, and see to the tables.
 
@@ -449,18 +584,17 @@ class PostgresStore:
                 cursor = connection.cursor()
                 cursor.execute(_session(self._lock_timeout))
                 cursor.execute("SELECT pg_advisory_xact_lock(%s)", (DDL_LOCK,))
-                self._set_up(cursor, projections, create_tables=create_tables)
+                self._set_up(cursor, readers, create_tables=create_tables)
         except psycopg.Error as error:
             raise StoreUnavailableError(self.name, without_values(error)) from None
         database = self._database = PostgresDatabase(self._parts, self._lock_timeout)
-        self.views = PostgresViews(database, keys)
-        for projection in projections:
-            self.views.table(projection)
         self._commits = LoopCommits(database, self._connect_loop)
         try:
-            self.log = PostgresLog(database, events_table_name="stored_events")
+            self.log = PostgresLog(database)
         except PersistenceError as error:  # it asks the database for its settings
             raise StoreUnavailableError(self.name, str(error)) from None
+        self.views = PostgresViews(database, self.log, keys, may_define=create_tables)
+        self.log.views, self.log.inline = self.views, inline
 
     def _connect(self, *, autocommit: bool = False) -> psycopg.Connection[TupleRow]:
         return psycopg.connect(
@@ -486,9 +620,7 @@ class PostgresStore:
             raise
         return connection
 
-    def _set_up(
-        self, cursor: Cursor, projections: Sequence[Projection[Any]], *, create_tables: bool
-    ) -> None:
+    def _set_up(self, cursor: Cursor, readers: Sequence[Reader], *, create_tables: bool) -> None:
         ours, theirs = "leftfold_schema", "stored_events"
         made = cursor.execute("SELECT to_regclass(%s), to_regclass(%s)", (ours, theirs)).fetchone()
         if made is not None and made[0] is None and made[1] is not None:
@@ -508,33 +640,51 @@ class PostgresStore:
             cursor.execute("INSERT INTO leftfold_schema VALUES (%s)", (SCHEMA_VERSION,))
         elif version != SCHEMA_VERSION:
             raise SchemaVersionError(self.name, version, SCHEMA_VERSION)
-        for projection in projections:
-            self._set_up_view(cursor, ViewTable(projection, POSTGRES), create_tables=create_tables)
+        for reader in readers:
+            table = ViewTable(reader, POSTGRES) if isinstance(reader, Projection) else None
+            self._set_up_reader(cursor, reader, table, create_tables=create_tables)
 
-    def _set_up_view(self, cursor: Cursor, table: ViewTable[Any], *, create_tables: bool) -> None:
-        projection = table.projection
+    def _set_up_reader(
+        self,
+        cursor: Cursor,
+        reader: Reader,
+        table: ViewTable[Any] | None,
+        *,
+        create_tables: bool,
+    ) -> None:
+        who, columns = (reader.name, reader.version), table.description if table else ""
         found = cursor.execute(
-            "SELECT definition FROM leftfold_checkpoints WHERE name = %s AND version = %s",
-            (projection.name, projection.version),
+            "SELECT definition, reads, built FROM leftfold_checkpoints "
+            "WHERE name = %s AND version = %s",
+            who,
         ).fetchone()
-        if found is not None:
-            if found[0] != table.description:
-                raise ViewChangedError(projection.table)
-            if create_tables:
-                _make_indexes(cursor, table)
-            return
-        if not create_tables:
-            raise SchemaMissingError(self.name, projection.table)
-        cursor.execute(table.definition.encode())
-        _make_indexes(cursor, table)
-        if not _shows(cursor, projection):
-            cursor.execute(f'DROP VIEW IF EXISTS "{projection.name}"'.encode())
-            cursor.execute(table.member_view.encode())
-        cursor.execute(
-            "INSERT INTO leftfold_checkpoints (name, version, position, definition) "
-            "VALUES (%s, %s, 0, %s)",
-            (projection.name, projection.version, table.description),
-        )
+        if found is None:
+            if not create_tables:
+                raise SchemaMissingError(self.name, f"{reader.name}_v{reader.version}")
+            end = cursor.execute("SELECT max(notification_id) FROM stored_events").fetchone()
+            head = (end[0] if end else 0) or 0
+            begin = head if reader.begins_now else 0
+            is_built = begin == head
+            if table is not None:
+                cursor.execute(table.definition.encode())
+            cursor.execute(
+                "INSERT INTO leftfold_checkpoints "
+                "(name, version, position, definition, reads, built) "
+                "VALUES (%s, %s, %s, %s, %s, %s)",
+                (*who, begin, columns, reader.reads, is_built),
+            )
+        else:
+            check_unchanged(reader, columns, (found[0], found[1]))
+            is_built = found[2]
+            if create_tables and not found[1]:
+                cursor.execute(
+                    "UPDATE leftfold_checkpoints SET reads = %s WHERE name = %s AND version = %s",
+                    (reader.reads, *who),
+                )
+        if create_tables and table is not None:
+            _make_indexes(cursor, table)
+            if is_built and not _shows(cursor, table.projection):
+                _show(cursor, table)
 
     def listen(self) -> int | None:
         """Begin to listen for commits; return a descriptor that becomes readable at each."""
@@ -543,7 +693,7 @@ class PostgresStore:
             database = self._database
             try:
                 with contextlib.nullcontext() if database is None else database.lent(listener):
-                    listener.execute(f"LISTEN {CHANNEL}")
+                    listener.execute(f"LISTEN {CHANNEL}; LISTEN {VIEWS_CHANNEL}")
                 with self._listening:
                     # While it connected, the store may have been closed.
                     if self._database is not None and self._listener is None:
@@ -554,22 +704,24 @@ class PostgresStore:
         with self._listening:
             return None if self._listener is None else self._listener.fileno()
 
-    def heard(self) -> bool:
-        """Take what the listener received; False if its connection was lost."""
+    def heard(self) -> Heard:
+        """Take what the listener received."""
         assert self._listener is not None  # noqa: S101 - listen came first
+        heard = Heard.NOTHING
         try:
             self._listener.pgconn.consume_input()
-            while self._listener.pgconn.notifies() is not None:
-                pass
+            while (told := self._listener.pgconn.notifies()) is not None:
+                heard |= Heard.EVENTS if told.relname == CHANNEL.encode() else Heard.VIEWS
         except psycopg.OperationalError:
             self._listener.close()
             self._listener = None
-            return False
-        return True
+            return Heard.END
+        return heard
 
     def committing(self) -> Commit | None:
         """Return what commits on the running loop; psycopg does not know Windows' own."""
-        return self._commits.commit if os.name == "posix" else None
+        is_plain = os.name == "posix" and self.log.inline is None
+        return self._commits.commit if is_plain else None
 
     def cut(self, seconds: float) -> None:
         """End the calls that the server has not answered for so long."""
@@ -611,11 +763,82 @@ def _parts(url: str) -> dict[str, Any]:
     return parts
 
 
+def _named(readers: Sequence[Reader]) -> dict[str, object]:
+    return {"names": [r.name for r in readers], "versions": [r.version for r in readers]}
+
+
+def _checkpoints(cursor: Cursor, readers: Sequence[Reader]) -> list[Checkpoint]:
+    cursor.execute(CHECKPOINTS, tuple(_named(readers).values()))
+    found = {(name, version): Checkpoint(*values) for name, version, *values in cursor}
+    return [found[reader.name, reader.version] for reader in readers]
+
+
+def _move(
+    cursor: Cursor, changes: Sequence[Change], position: int, *, is_built: bool, is_fence: bool
+) -> None:
+    """Move checkpoints. Raises `_Moved` unless all are as the changes found them."""
+    cursor.execute(
+        "UPDATE leftfold_checkpoints AS c SET position = %(position)s, "
+        "epoch = c.epoch + %(is_fence)s::int, built = built OR %(is_built)s "
+        "FROM unnest(%(names)s::text[], %(versions)s::int[], %(positions)s::bigint[], "
+        "%(epochs)s::bigint[]) AS found (name, version, position, epoch) "
+        "WHERE c.name = found.name AND c.version = found.version "
+        "AND c.position = found.position AND c.epoch = found.epoch",
+        {
+            **_named([change.reader for change in changes]),
+            "positions": [change.checkpoint.position for change in changes],
+            "epochs": [change.checkpoint.epoch for change in changes],
+            "position": position,
+            "is_built": is_built,
+            "is_fence": is_fence,
+        },
+        prepare=True,
+    )
+    if cursor.rowcount != len(changes):
+        raise _Moved
+    cursor.execute(f"NOTIFY {VIEWS_CHANNEL}")
+
+
+def _put_aside(cursor: Cursor, change: Change) -> None:
+    """Keep new dead letters, and drop those that are none any more."""
+    who = (change.reader.name, change.reader.version)
+    if change.released:
+        cursor.executemany(
+            "DELETE FROM leftfold_dead_letters "
+            "WHERE name = %s AND version = %s AND position = %s AND key = %s",
+            [(*who, letter.position, letter.key) for letter in change.released],
+        )
+    if change.parked:
+        cursor.executemany(
+            "INSERT INTO leftfold_dead_letters VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s) "
+            "ON CONFLICT (name, version, position, key) DO UPDATE SET error = excluded.error, "
+            "parked_at = excluded.parked_at",
+            [(*who, *astuple(letter)) for letter in change.parked],
+        )
+
+
+class _Moved(Exception):
+    """A checkpoint is not as a page found it, or events were written first by others."""
+
+
+def _show(cursor: Cursor, table: ViewTable[Any]) -> None:
+    """Let the view for people show this version."""
+    cursor.execute(f'DROP VIEW IF EXISTS "{table.projection.name}"'.encode())
+    cursor.execute(table.member_view.encode())
+
+
 def _shows(cursor: Cursor, projection: Projection[Any]) -> bool:
-    """Tell whether the view for people is on this version's table already.
+    """Tell whether the view for people is on this version's table already, or on a later one's.
 
     If it is it stays: to drop it is to wait for all who read it.
     """
+    later = cursor.execute(
+        "SELECT to_regclass(%s) IS NOT NULL AND EXISTS (SELECT FROM leftfold_checkpoints "
+        "WHERE name = %s AND version > %s AND built)",
+        (f'"{projection.name}"', projection.name, projection.version),
+    ).fetchone()
+    if later == (True,):
+        return True
     cursor.execute(
         "SELECT EXISTS (SELECT FROM pg_depend JOIN pg_rewrite ON pg_rewrite.oid = objid "
         "WHERE ev_class = to_regclass(%s) AND refobjid = to_regclass(%s))",

@@ -121,6 +121,21 @@ STATEMENTS = (
         epoch bigint NOT NULL DEFAULT 0,
         lease timestamptz,
         PRIMARY KEY (name, version))""",
+    "ALTER TABLE leftfold_checkpoints ADD COLUMN IF NOT EXISTS reads text NOT NULL DEFAULT ''",
+    "ALTER TABLE leftfold_checkpoints ADD COLUMN IF NOT EXISTS built bool NOT NULL DEFAULT true",
+    """CREATE TABLE IF NOT EXISTS leftfold_dead_letters (
+        name text NOT NULL,
+        version int NOT NULL,
+        position bigint NOT NULL,
+        key text NOT NULL,
+        originator_id uuid NOT NULL,
+        originator_version bigint NOT NULL,
+        topic text NOT NULL,
+        error text NOT NULL,
+        parked_at timestamptz NOT NULL,
+        PRIMARY KEY (name, version, position, key))""",
+    """CREATE INDEX IF NOT EXISTS stored_events_topic
+        ON stored_events (topic, notification_id)""",
     """CREATE TABLE IF NOT EXISTS notification_tracking (
         application_name text PRIMARY KEY,
         notification_id bigint)""",

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import astuple
+from datetime import datetime
 from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
@@ -29,12 +32,15 @@ from eventsourcing.sqlite import (
 )
 
 from leftfold.application import Projection
+from leftfold.application.checkpoints import Change, Checkpoint, DeadLetter, Reader
 from leftfold.application.ports import (
     NOTHING,
     Committed,
     EncodedEvent,
     Failed,
     Group,
+    Heard,
+    Inline,
     LoggedEvent,
     Order,
     RecordedCommand,
@@ -45,13 +51,12 @@ from leftfold.application.ports import (
     StoredSnapshot,
     Verdict,
 )
-from leftfold.domain import ALWAYS, Specification
+from leftfold.domain import ALWAYS, LeftfoldError, Specification
 from leftfold.domain.personal import Keys
 from leftfold.infrastructure.errors import (
     SchemaMissingError,
     SchemaVersionError,
     StoreUnavailableError,
-    ViewChangedError,
 )
 from leftfold.infrastructure.stores.common import (
     MAX_VERSION,
@@ -60,11 +65,15 @@ from leftfold.infrastructure.stores.common import (
     Run,
     Tables,
     as_uuid,
+    check_unchanged,
     commit_in_runs,
     dump_aggregates,
     encoded,
     load_aggregates,
+    not_unique,
+    runs,
 )
+from leftfold.infrastructure.stores.verdicts import is_written, refused
 from leftfold.infrastructure.tables import SQLITE, ViewTable
 
 R = TypeVar("R")
@@ -82,6 +91,18 @@ LAST_VERSIONS = (
     "FROM stored_events WHERE originator_id = id AND originator_version >= version) FROM given"
 )
 KNOWN_COMMANDS = "SELECT command_id FROM leftfold_commands WHERE command_id IN ({})"
+NOW = "strftime('%Y-%m-%dT%H:%M:%fZ', 'now')"
+ADDED = {"reads": "TEXT NOT NULL DEFAULT ''", "built": "INTEGER NOT NULL DEFAULT 1"}
+"""Columns of checkpoints that schema 2 did not have."""
+EACH_TOPIC = (
+    "WITH RECURSIVE found (topic) AS (SELECT min(topic) FROM stored_events UNION ALL "
+    "SELECT (SELECT min(topic) FROM stored_events WHERE topic > found.topic) FROM found "
+    "WHERE topic IS NOT NULL) SELECT topic FROM found WHERE topic IS NOT NULL"
+)
+OF_TOPIC = (
+    "SELECT * FROM (SELECT position FROM stored_events WHERE topic = ? AND position > ? "
+    "ORDER BY position LIMIT ?)"
+)
 LIBRARY_ERRORS: dict[type[sqlite3.Error], type[PersistenceError]] = {
     sqlite3.DataError: DataError,
     sqlite3.IntegrityError: IntegrityError,
@@ -118,7 +139,21 @@ TABLES = (
         owner TEXT,
         epoch INTEGER NOT NULL DEFAULT 0,
         lease TEXT,
+        reads TEXT NOT NULL DEFAULT '',
+        built INTEGER NOT NULL DEFAULT 1,
         PRIMARY KEY (name, version)) WITHOUT ROWID""",
+    """CREATE TABLE IF NOT EXISTS leftfold_dead_letters (
+        name TEXT NOT NULL,
+        version INTEGER NOT NULL,
+        position INTEGER NOT NULL,
+        key TEXT NOT NULL,
+        originator_id BLOB NOT NULL,
+        originator_version INTEGER NOT NULL,
+        topic TEXT NOT NULL,
+        error TEXT NOT NULL,
+        parked_at TEXT NOT NULL,
+        PRIMARY KEY (name, version, position, key)) WITHOUT ROWID""",
+    "CREATE INDEX IF NOT EXISTS stored_events_topic ON stored_events (topic, position)",
     "CREATE TABLE IF NOT EXISTS leftfold_schema (version INTEGER NOT NULL)",
 )
 
@@ -244,11 +279,68 @@ def _library_errors() -> Iterator[None]:
         raise LIBRARY_ERRORS.get(type(error), PersistenceError)(str(error)) from error
 
 
-class SQLiteLog(Notifying, SQLiteProcessRecorder):
+class _Joined:
+    """A transaction under way, for those who else begin one."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[sqlite3.Cursor]:
+        with contextlib.closing(self._connection.cursor()) as cursor:
+            cursor.row_factory = None
+            yield cursor
+
+    @contextlib.contextmanager
+    def writing(self, rows: int = 0, *, durable: bool = True) -> Iterator[sqlite3.Connection]:  # noqa: ARG002 - the transaction is as it is
+        yield self._connection
+
+
+class SQLiteEvents:
+    """The log as it is read page by page."""
+
+    def __init__(self, datastore: SQLiteFile | _Joined) -> None:
+        self.datastore = datastore
+
+    def read(self, after: int, limit: int, topics: Sequence[str] = ()) -> list[LoggedEvent]:
+        given: tuple[object, ...] = (after, limit)
+        wanted = "position > ?"
+        if topics:
+            given = (*chain(*((topic, after, limit) for topic in topics)), limit, limit)
+            each = " UNION ALL ".join([OF_TOPIC] * len(topics))
+            wanted = f"position IN ({each} ORDER BY position LIMIT ?)"
+        with self.datastore.reading() as cursor:
+            cursor.execute(
+                "SELECT position, originator_id, originator_version, topic, state "
+                f"FROM stored_events WHERE {wanted} ORDER BY position LIMIT ?",
+                given,
+            )
+            return [
+                LoggedEvent(position, _uuid(aggregate_id), version, topic, state)
+                for position, aggregate_id, version, topic, state in cursor
+            ]
+
+    def topics(self) -> frozenset[str]:
+        with self.datastore.reading() as cursor:
+            return frozenset(topic for (topic,) in cursor.execute(EACH_TOPIC))
+
+    def head(self) -> int:
+        with self.datastore.reading() as cursor:
+            cursor.execute("SELECT max(position) FROM stored_events")
+            (position,) = cursor.fetchone()
+            return position or 0
+
+
+class SQLiteLog(SQLiteEvents, Notifying, SQLiteProcessRecorder):
     """The log and the recorder of the library, on one table of events."""
 
     is_local = False
     datastore: SQLiteFile
+    views: SQLiteViews
+    inline: Inline | None = None
+
+    def __init__(self, datastore: SQLiteFile) -> None:
+        SQLiteProcessRecorder.__init__(self, datastore)
 
     def construct_create_table_statements(self) -> list[str]:
         return [*TABLES, *super().construct_create_table_statements()[1:]]
@@ -262,14 +354,23 @@ class SQLiteLog(Notifying, SQLiteProcessRecorder):
         """Write the groups of a run that are neither stale nor repeated, in one transaction."""
         try:
             with self.datastore.writing(sum(map(_size, run.groups))) as connection:
-                verdicts = _judge(connection, run)
-                good = [g for g, verdict in zip(run.groups, verdicts, strict=True) if not verdict]
-                positions = iter(_insert_saves(connection, [s for g in good for s in g.saves]))
+                return self.write(connection, run)
+        except LeftfoldError as error:  # an inline view does not take it
+            return [refused(error)] * len(run.groups)
         except (DataError, IntegrityError) as error:  # something refuses just what is in a group
             return [Failed(type(error).__name__, is_refusal=True)] * len(run.groups)
         except PersistenceError as error:
             # SQLite is in this process: a commit that fails is rolled back.
             return [Failed(str(error))] * len(run.groups)
+
+    def write(self, connection: sqlite3.Connection, run: Run) -> list[Verdict]:
+        """Write what may be written in a transaction, and what inline views make of it."""
+        verdicts = _judge(connection, run)
+        good = [g for g, verdict in zip(run.groups, verdicts, strict=True) if not verdict]
+        positions = iter(_insert_saves(connection, [s for g in good for s in g.saves]))
+        if self.inline is not None and good:
+            joined = _Joined(connection)
+            self.inline(SQLiteEvents(joined), self.views.within(joined))
         return [
             verdict or Committed(tuple(islice(positions, len(group.saves))))
             for group, verdict in zip(run.groups, verdicts, strict=True)
@@ -354,28 +455,6 @@ class SQLiteLog(Notifying, SQLiteProcessRecorder):
             with self.datastore.writing(durable=False) as connection:
                 connection.executemany("DELETE FROM leftfold_commands WHERE command_id = ?", old)
         return len(old)
-
-    def read(
-        self, after: int, limit: int, topics: Sequence[str] = (), *, without: Sequence[str] = ()
-    ) -> list[LoggedEvent]:
-        of_topics = f"AND topic IN ({_marks(len(topics))}) " if topics else ""
-        of_topics += f"AND topic NOT IN ({_marks(len(without))}) " if without else ""
-        with self.datastore.reading() as cursor:
-            cursor.execute(
-                "SELECT position, originator_id, originator_version, topic, state "
-                f"FROM stored_events WHERE position > ? {of_topics}ORDER BY position LIMIT ?",
-                (after, *topics, *without, limit),
-            )
-            return [
-                LoggedEvent(position, _uuid(aggregate_id), version, topic, state)
-                for position, aggregate_id, version, topic, state in cursor
-            ]
-
-    def head(self) -> int:
-        with self.datastore.reading() as cursor:
-            cursor.execute("SELECT max(position) FROM stored_events")
-            (position,) = cursor.fetchone()
-            return position or 0
 
     # The library's recorder
 
@@ -516,18 +595,52 @@ class SQLiteViews(Tables):
 
     dialect = SQLITE
 
-    def __init__(self, file: SQLiteFile, keys: Keys | None) -> None:
-        super().__init__(keys)
-        self._file = file
+    def __init__(
+        self, file: SQLiteFile, log: SQLiteLog, keys: Keys | None, *, may_define: bool
+    ) -> None:
+        super().__init__(keys, may_define=may_define)
+        self._file: SQLiteFile | _Joined = file
+        self._log = log
 
-    def checkpoint(self, projection: Projection[Any]) -> int:
+    def within(self, joined: _Joined) -> SQLiteViews:
+        """Return the same views, in a transaction under way."""
+        views = copy(self)
+        views._file = joined
+        return views
+
+    def checkpoints(self, readers: Sequence[Reader]) -> list[Checkpoint]:
+        with self._file.reading() as cursor:
+            return _checkpoints(cursor, readers)
+
+    def hold(self, readers: Sequence[Reader], owner: str, seconds: float) -> list[Checkpoint]:
+        until = f"+{seconds:.3f} seconds"
+        with self._file.writing(durable=False) as connection:
+            connection.executemany(
+                "UPDATE leftfold_checkpoints SET epoch = epoch + (owner IS NOT ?1), owner = ?1, "
+                "lease = strftime('%Y-%m-%dT%H:%M:%fZ', 'now', ?2) WHERE name = ?3 "
+                f"AND version = ?4 AND (owner IS ?1 OR owner IS NULL OR lease < {NOW})",
+                [(owner, until, reader.name, reader.version) for reader in readers],
+            )
+            return _checkpoints(connection.cursor(), readers)
+
+    def release(self, owner: str) -> None:
+        with self._file.writing(durable=False) as connection:
+            connection.execute(
+                "UPDATE leftfold_checkpoints SET owner = NULL, lease = NULL WHERE owner = ?",
+                (owner,),
+            )
+
+    def dead_letters(self, reader: Reader) -> list[DeadLetter]:
         with self._file.reading() as cursor:
             cursor.execute(
-                "SELECT position FROM leftfold_checkpoints WHERE name = ? AND version = ?",
-                (projection.name, projection.version),
+                "SELECT position, key, originator_id, originator_version, topic, error, parked_at "
+                "FROM leftfold_dead_letters WHERE name = ? AND version = ? ORDER BY position, key",
+                (reader.name, reader.version),
             )
-            (position,) = cursor.fetchone()
-            return int(position)
+            return [
+                DeadLetter(at, key, _uuid(i), v, topic, error, datetime.fromisoformat(parked_at))
+                for at, key, i, v, topic, error, parked_at in cursor
+            ]
 
     def load(self, projection: Projection[R], keys: Sequence[str]) -> dict[str, R]:
         table = self.table(projection)
@@ -542,26 +655,59 @@ class SQLiteViews(Tables):
 
     def write(
         self,
-        projection: Projection[R],
-        rows: Mapping[str, R | None],
-        expected: int,
+        changes: Sequence[Change],
         position: int,
+        *,
+        group: Group | None = None,
+        is_built: bool = False,
+        is_fence: bool = False,
     ) -> bool:
-        table = self.table(projection)
-        changed = [table.encode(key, row) for key, row in rows.items() if row is not None]
-        deleted = [(key,) for key, row in rows.items() if row is None]
-        # Rows and checkpoint share the transaction: if it is lost, the page is folded again.
-        with self._file.writing(len(rows), durable=False) as connection:
-            moved = connection.execute(
-                "UPDATE leftfold_checkpoints SET position = ? "
-                "WHERE name = ? AND version = ? AND position = ?",
-                (position, projection.name, projection.version, expected),
-            )
-            if moved.rowcount != 1:
-                return False
-            _insert_rows(connection, table.insert, table.on_conflict, changed)
-            connection.executemany(f"{table.delete_by_key} = ?", deleted)
+        rows = [self._encoded(change) for change in changes]
+        size = sum(map(len, rows))
+        try:
+            # Rows and checkpoint share the transaction: if it is lost, the page is folded again.
+            with self._file.writing(size, durable=group is not None) as connection:
+                for change, encoded_rows in zip(changes, rows, strict=True):
+                    _move(connection, change, position, is_built=is_built, is_fence=is_fence)
+                    self._write(connection, change, encoded_rows)
+                    if is_built and not change.checkpoint.is_built:
+                        self._show(connection, change.reader)
+                for run in runs([group]) if group is not None else ():
+                    if run is None or not is_written(self._log.write(connection, run)[0]):
+                        raise _Moved  # noqa: TRY301 - it undoes what the block has written
+        except _Moved:
+            return False
         return True
+
+    def _encoded(self, change: Change) -> list[list[object]]:
+        if not isinstance(change.reader, Projection):
+            return []
+        encode = self.table(change.reader).encode
+        return [encode(key, row) for key, row in change.rows.items() if row is not None]
+
+    def _write(
+        self, connection: sqlite3.Connection, change: Change, rows: list[list[object]]
+    ) -> None:
+        reader = change.reader
+        _put_aside(connection, change)
+        if not isinstance(reader, Projection):
+            return
+        table = self.table(reader)
+        gone = [(key,) for key, row in change.rows.items() if row is None]
+        connection.executemany(f"{table.delete_by_key} = ?", gone)
+        try:
+            _insert_rows(connection, table.insert, table.on_conflict, rows)
+        except sqlite3.IntegrityError as error:
+            refusal = not_unique(reader, str(error).partition(": ")[2])
+            if refusal is None:
+                raise
+            raise refusal from None
+        if reader.writes is not None:
+            reader.writes(connection.execute, change.events)
+
+    def _show(self, connection: sqlite3.Connection, reader: Reader) -> None:
+        if self._may_define and isinstance(reader, Projection):
+            _show(connection, self.table(reader))
 
     def select(
         self,
@@ -602,10 +748,11 @@ class SQLiteStore:
 
     def open(
         self,
-        projections: Sequence[Projection[Any]],
+        readers: Sequence[Reader],
         *,
         create_tables: bool,
         keys: Keys | None = None,
+        inline: Inline | None = None,
     ) -> None:
         """Open the file and see to its tables.
 
@@ -618,13 +765,16 @@ class SQLiteStore:
             self._prepare_file()
             file = SQLiteFile(str(self._path), self._lock_timeout)
             self._file = file
-            self.views = SQLiteViews(file, keys)
             self.log = SQLiteLog(file)
+            self.views = SQLiteViews(file, self.log, keys, may_define=create_tables)
+            self.log.views, self.log.inline = self.views, inline
             with file.writing() as connection:
                 _set_up(connection, self.name, self.log, create_tables=create_tables)
-                for projection in projections:
-                    table = self.views.table(projection)
-                    _set_up_view(connection, self.name, table, create_tables=create_tables)
+                for reader in readers:
+                    table = self.views.table(reader) if isinstance(reader, Projection) else None
+                    _set_up_reader(
+                        connection, self.name, reader, table, create_tables=create_tables
+                    )
         except (sqlite3.Error, PersistenceError, OSError) as error:
             self.close()
             raise StoreUnavailableError(self.name, str(error)) from error
@@ -652,8 +802,8 @@ class SQLiteStore:
     def listen(self) -> None:
         """SQLite sends no hints; `has_changed` is asked instead."""
 
-    def heard(self) -> bool:
-        return True
+    def heard(self) -> Heard:
+        return Heard.NOTHING
 
     def committing(self) -> None:
         """Commit by `log.commit` only."""
@@ -692,45 +842,133 @@ def _set_up(
             connection.execute("INSERT INTO leftfold_schema VALUES (?)", (SCHEMA_VERSION,))
     elif not _has_table(connection, "leftfold_schema"):
         raise SchemaMissingError(name, "leftfold_schema")
-    if create_tables:  # every version up to now has only added to the one before
-        connection.execute(
-            "UPDATE leftfold_schema SET version = ? WHERE version < ?", (SCHEMA_VERSION,) * 2
-        )
     (found,) = connection.execute("SELECT version FROM leftfold_schema").fetchone()
-    if found != SCHEMA_VERSION:
+    if create_tables and found < SCHEMA_VERSION:  # each version has only added to the one before
+        columns = connection.execute("PRAGMA table_info (leftfold_checkpoints)").fetchall()
+        for column in ADDED.keys() - {there[1] for there in columns}:
+            connection.execute(
+                f"ALTER TABLE leftfold_checkpoints ADD COLUMN {column} {ADDED[column]}"
+            )
+        connection.execute("UPDATE leftfold_schema SET version = ?", (SCHEMA_VERSION,))
+    elif found != SCHEMA_VERSION:
         raise SchemaVersionError(name, found, SCHEMA_VERSION)
 
 
-def _set_up_view(
-    connection: sqlite3.Connection, name: str, table: ViewTable[Any], *, create_tables: bool
+def _set_up_reader(
+    connection: sqlite3.Connection,
+    name: str,
+    reader: Reader,
+    table: ViewTable[Any] | None,
+    *,
+    create_tables: bool,
 ) -> None:
-    projection = table.projection
+    who, columns = (reader.name, reader.version), table.description if table else ""
     found = connection.execute(
-        "SELECT definition FROM leftfold_checkpoints WHERE name = ? AND version = ?",
-        (projection.name, projection.version),
+        "SELECT definition, reads, built FROM leftfold_checkpoints WHERE name = ? AND version = ?",
+        who,
     ).fetchone()
-    if found is not None:
-        if found[0] != table.description:
-            raise ViewChangedError(projection.table)
-        if create_tables:
-            _make_indexes(connection, table)
-        return
-    if not create_tables:
-        raise SchemaMissingError(name, projection.table)
-    connection.execute(table.definition)
-    _make_indexes(connection, table)
-    connection.execute(f'DROP VIEW IF EXISTS "{projection.name}"')
+    if found is None:
+        if not create_tables:
+            raise SchemaMissingError(name, f"{reader.name}_v{reader.version}")
+        (head,) = connection.execute("SELECT max(position) FROM stored_events").fetchone()
+        begin = (head or 0) if reader.begins_now else 0
+        is_built = begin == (head or 0)
+        if table is not None:
+            connection.execute(table.definition)
+        connection.execute(
+            "INSERT INTO leftfold_checkpoints (name, version, position, definition, reads, built) "
+            "VALUES (?, ?, ?, ?, ?, ?)",
+            (*who, begin, columns, reader.reads, is_built),
+        )
+    else:
+        check_unchanged(reader, columns, (found[0], found[1]))
+        is_built = bool(found[2])
+        if create_tables and not found[1]:
+            connection.execute(
+                "UPDATE leftfold_checkpoints SET reads = ? WHERE name = ? AND version = ?",
+                (reader.reads, *who),
+            )
+    if create_tables and table is not None:
+        for index in table.indexes.values():
+            connection.execute(index)
+        if is_built and not _shows(connection, table):
+            _show(connection, table)
+
+
+def _shows(connection: sqlite3.Connection, table: ViewTable[Any]) -> bool:
+    """Tell whether the view for people is on this version's table, or a later one's."""
+    query = "SELECT sql FROM sqlite_master WHERE type = 'view' AND name = ?"
+    found = connection.execute(query, (table.projection.name,)).fetchone()
+    if found is None:
+        return False
+    later = connection.execute(
+        "SELECT 1 FROM leftfold_checkpoints WHERE name = ? AND version > ? AND built",
+        (table.projection.name, table.projection.version),
+    ).fetchone()
+    return later is not None or found[0] == table.member_view
+
+
+def _show(connection: sqlite3.Connection, table: ViewTable[Any]) -> None:
+    """Let the view for people show this version."""
+    connection.execute(f'DROP VIEW IF EXISTS "{table.projection.name}"')
     connection.execute(table.member_view)
-    connection.execute(
-        "INSERT INTO leftfold_checkpoints (name, version, position, definition) "
-        "VALUES (?, ?, 0, ?)",
-        (projection.name, projection.version, table.description),
+
+
+def _checkpoints(cursor: sqlite3.Cursor, readers: Sequence[Reader]) -> list[Checkpoint]:
+    found: list[Checkpoint] = []
+    cursor.row_factory = None
+    for reader in readers:
+        cursor.execute(
+            f"SELECT position, epoch, ifnull(owner, ''), ifnull(lease > {NOW}, 0), built, "
+            "(SELECT count(*) FROM leftfold_dead_letters AS d WHERE d.name = c.name "
+            "AND d.version = c.version) FROM leftfold_checkpoints AS c "
+            "WHERE name = ? AND version = ?",
+            (reader.name, reader.version),
+        )
+        position, epoch, owner, is_held, is_built, dead_letters = cursor.fetchone()
+        checkpoint = Checkpoint(position, epoch, owner, bool(is_held), bool(is_built), dead_letters)
+        found.append(checkpoint)
+    return found
+
+
+def _move(
+    connection: sqlite3.Connection,
+    change: Change,
+    position: int,
+    *,
+    is_built: bool,
+    is_fence: bool,
+) -> None:
+    """Move a checkpoint. Raises `_Moved` unless it is as the change found it."""
+    reader, at = change.reader, change.checkpoint
+    moved = connection.execute(
+        "UPDATE leftfold_checkpoints SET position = ?, epoch = epoch + ?, built = built OR ? "
+        "WHERE name = ? AND version = ? AND position = ? AND epoch = ?",
+        (position, is_fence, is_built, reader.name, reader.version, at.position, at.epoch),
+    )
+    if moved.rowcount != 1:
+        raise _Moved
+
+
+def _put_aside(connection: sqlite3.Connection, change: Change) -> None:
+    """Keep new dead letters, and drop those that are none any more."""
+    who = (change.reader.name, change.reader.version)
+    connection.executemany(
+        "DELETE FROM leftfold_dead_letters "
+        "WHERE name = ? AND version = ? AND position = ? AND key = ?",
+        [(*who, letter.position, letter.key) for letter in change.released],
+    )
+    connection.executemany(
+        f"INSERT OR REPLACE INTO leftfold_dead_letters VALUES ({_marks(9)})",
+        [
+            (*who, at, key, i.bytes, version, topic, error, parked_at.isoformat())
+            for at, key, i, version, topic, error, parked_at in map(astuple, change.parked)
+        ],
     )
 
 
-def _make_indexes(connection: sqlite3.Connection, table: ViewTable[Any]) -> None:
-    for index in table.indexes.values():
-        connection.execute(index)
+class _Moved(Exception):
+    """A checkpoint is not as a page found it, or events were written first by others."""
 
 
 def _has_table(connection: sqlite3.Connection, table: str) -> bool:

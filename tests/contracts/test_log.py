@@ -299,12 +299,18 @@ class LogContract:
         assert [e.version for e in log.read(0, 9, ["renamed", "received"])] == [2, 4]
         assert log.read(0, 9, ["nothing"]) == []
 
-    def test_events_of_some_topics_can_be_left_out(self, log):
-        topics = ["sold", "lost", "received", "sold"]
+    def test_events_of_some_topics_can_be_read_alone(self, log):
+        topics = ["sold", "lost", "received", "sold", "lost"]
         commit(log, [[save(*(event(A, n, t) for n, t in enumerate(topics, 1)))]])
-        found = [e.topic for e in log.read(0, 10, without=["sold", "absent"])]
-        assert found == ["lost", "received"]
-        assert [e.topic for e in log.read(0, 10, ["sold", "lost"], without=["sold"])] == ["lost"]
+        found = log.read(0, 10, ["lost", "sold", "absent"])
+        assert [e.topic for e in found] == ["sold", "lost", "sold", "lost"]
+        assert [e.version for e in log.read(found[0].position, 2, ["lost", "sold"])] == [2, 4]
+
+    def test_the_log_tells_its_topics(self, log):
+        assert log.topics() == frozenset()
+        topics = ["sold", "lost", "sold"]
+        commit(log, [[save(*(event(A, n, t) for n, t in enumerate(topics, 1)))]])
+        assert log.topics() == {"sold", "lost"}
 
     def test_the_head_is_the_last_position(self, log):
         commit(log, [[save(event(A, 1))], [save(event(A, 2))]])

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from leftfold.application import Projection, plan
+from leftfold.application.checkpoints import Change
 from leftfold.application.ports import Order, Seek
 from leftfold.domain import ALWAYS, NEVER, all_of, any_of, attr
 from leftfold.infrastructure.settings import load_settings
@@ -27,6 +28,11 @@ laws = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
+
+
+def put(views, projection, rows):
+    (at,) = views.checkpoints([projection])
+    return views.write([Change(projection, at, rows)], at.position + 1)
 
 
 class Colour(Enum):
@@ -93,7 +99,7 @@ SHOWN = {key: row for key, row in ROWS.items() if row.count != 2}
 def opened(url):
     store = make_store(load_settings(store=url))
     store.open([things], create_tables=True)
-    assert store.views.write(things, ROWS, 0, 1)
+    assert put(store.views, things, ROWS)
     yield store.views
     store.close()
 
@@ -224,7 +230,7 @@ def test_an_indexable_comparison_uses_the_index(shared_url, where, order, index)
     store.open([stock], create_tables=True)
     views = store.views
     rows = {f"k{n:05}": Stock(n, f"B{n % 100}") for n in range(20_000)}
-    assert views.write(stock, rows, 0, 1)
+    assert put(views, stock, rows)
     query = views.table(stock).select(order, 50, None, where)
     if shared_url.startswith("sqlite"):
         with views._file.reading() as cursor:

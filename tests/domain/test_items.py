@@ -21,6 +21,10 @@ from leftfold.domain.items import (
     ItemRegistered,
     ItemRenamed,
     ItemRepriced,
+    Reorder,
+    ReorderClosed,
+    ReorderIsClosed,
+    ReorderOpened,
     StockReceived,
     StockReturned,
     StockSold,
@@ -36,6 +40,7 @@ registered = ItemRegistered(
     sku="22423", name="Cakestand", unit_price=PRICE, opening_stock=10, reorder_level=2
 )
 discontinued = ItemDiscontinued()
+opened = ReorderOpened(sku="22423", number=1, on_hand=2, reorder_level=3)
 
 
 def register(sku="22423", name="Cakestand", price=PRICE, opening_stock=10, reorder_level=2):
@@ -291,3 +296,35 @@ def test_every_event_says_when_it_occurred(move):
     item = Item.register("22423", "Cakestand", PRICE, 10, 2, SOLD_AT)
     move(item)
     assert [event.occurred_at for event in item.collect_events()] == [SOLD_AT, SOLD_AT]
+
+
+# Reorders
+
+
+def test_opening_a_reorder():
+    scenario(Reorder, "22423/1").when(lambda _: Reorder.open("22423", 1, 2, 3)).then(
+        opened
+    ).then_state(sku="22423", number=1, is_open=True, version=1)
+
+
+def test_sku_and_number_identify_a_reorder():
+    reorder = Reorder.open("22423", 2, 2, 3)
+    assert reorder.id == Reorder.id_of("22423/2") == Reorder.id_of(Reorder.key_of("22423", 2))
+
+
+def test_closing_a_reorder():
+    scenario(Reorder).given(opened).when(lambda reorder: reorder.close(5)).then(
+        ReorderClosed(received=5)
+    ).then_state(is_open=False)
+
+
+def test_a_reorder_is_closed_only_once():
+    scenario(Reorder).given(opened, ReorderClosed(received=5)).when(
+        lambda reorder: reorder.close(5)
+    ).then_refused(ReorderIsClosed("22423", 1))
+
+
+def test_every_event_of_a_reorder_says_when_it_occurred():
+    reorder = Reorder.open("22423", 1, 2, 3, SOLD_AT)
+    reorder.close(5, SOLD_AT)
+    assert [event.occurred_at for event in reorder.collect_events()] == [SOLD_AT, SOLD_AT]

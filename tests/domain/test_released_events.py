@@ -11,10 +11,10 @@ import pytest
 
 from leftfold.application import EventMapper
 from leftfold.domain import Personal
-from leftfold.domain.items import Item
+from leftfold.domain.items import Item, Reorder
 
 RELEASED = json.loads((Path(__file__).parent.parent / "released" / "events.json").read_text())
-MAPPER = EventMapper.of(Item)(transcoder=None)
+MAPPER = EventMapper.of(Item, Reorder)(transcoder=None)
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def plain(value):
     return str(value) if isinstance(value, Decimal) else value
 
 
-@pytest.mark.parametrize("event_type", Item.EVENTS, ids=lambda e: e.TOPIC)
+@pytest.mark.parametrize("event_type", [*Item.EVENTS, *Reorder.EVENTS], ids=lambda e: e.TOPIC)
 def test_every_present_version_is_among_the_released(event_type):
     released = {(e["topic"], e["class_version"]) for e in RELEASED["events"]}
     versions = range(1, event_type.class_version + 1)

@@ -195,7 +195,8 @@ def test_a_listener_that_cannot_listen_is_replaced(postgres_url, monkeypatch):
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute(f"NOTIFY {postgres.CHANNEL}")
     assert store._listener.execute("SELECT pg_listening_channels()").fetchall() == [
-        (postgres.CHANNEL,)
+        (postgres.CHANNEL,),
+        (postgres.VIEWS_CHANNEL,),
     ]
     store.close()
 

@@ -92,7 +92,7 @@ async def test_another_schema_version_is_refused(shared_url, create_tables):
     execute(shared_url, "UPDATE leftfold_schema SET version = 99")
     with pytest.raises(SchemaVersionError) as refusal:
         await opens(open_items(settings=Settings(store=shared_url, create_tables=create_tables)))
-    assert (refusal.value.found, refusal.value.needed) == (99, 2)
+    assert (refusal.value.found, refusal.value.needed) == (99, 3)
 
 
 async def test_a_changed_row_type_of_the_same_version_is_refused(shared_url):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
@@ -71,6 +72,7 @@ async def test_pages_are_told_with_their_events(store_url, told, register):
     async with Runtime(item_model, store_url, telemetry=told.telemetry) as shop:
         await shop.commands.dispatch_all([register(f"S{n}") for n in range(7)])
         (await shop.catch_up()).unwrap()
+        await asyncio.sleep(0.05)  # it is told after those who wait for the page
         pages = [span for span in told.spans if span.name == "page item_stock_v1"]
         assert sum(span.attributes["leftfold.events"] for span in pages) == 7
         assert all(span.start_time <= span.end_time for span in pages)

@@ -1,0 +1,550 @@
+"""Pages: events of the log become rows of views, and events of processes, in one transaction."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import replace
+from functools import partial
+from itertools import groupby
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from uuid import UUID
+
+from cachetools import LRUCache
+from eventsourcing.persistence import DataError, IntegrityError, PersistenceError
+
+from leftfold.application import EventMapper, Projection
+from leftfold.application.checkpoints import Change, Checkpoint, DeadLetter, Reader
+from leftfold.application.errors import UnknownTopicError, UnreadableEventError
+from leftfold.application.ports import (
+    EncodedEvent,
+    Events,
+    Group,
+    Log,
+    LoggedEvent,
+    Platform,
+    Save,
+    ViewStore,
+)
+from leftfold.application.process import Process, Reactions, reaction_id
+from leftfold.domain import Aggregate, DomainError, Event, LeftfoldError, clock, project
+from leftfold.infrastructure.access import may_pass
+from leftfold.infrastructure.errors import ProjectionFailedError, ViewBusyError
+
+R = TypeVar("R")
+
+CACHED_ROWS = 20_000
+"""Rows kept between pages; they are as the last page left them, or are dropped."""
+CHUNK = 500
+"""Events decoded at a time: few enough to stay in the processor's caches."""
+SPARSE, DENSE = 1 / 8, 1 / 4
+"""Of the events in a page: below the first they are looked up by topic, above the other not."""
+INLINE = 5_000
+"""Events at a time in the transaction of others."""
+ATTEMPTS = 100
+"""At a change from outside, while pages come between."""
+
+
+class Unreadable(NamedTuple):
+    """Stands where an event cannot be decoded."""
+
+    originator_id: UUID
+    originator_version: int
+    topic: str
+    error: UnknownTopicError | UnreadableEventError
+
+    def concerns(self, topics: Collection[str]) -> bool:
+        """Tell whether it may be meant for a reader of these: one of no known topic may be."""
+        return self.topic in topics or isinstance(self.error, UnknownTopicError)
+
+
+class Fold(Generic[R]):
+    """One view, or one process, as this program keeps it: how far it is, what it remembers."""
+
+    def __init__(self, projection: Projection[R], process: Process | None = None) -> None:
+        self.reader = projection
+        self.process = process
+        self.topics = frozenset(projection.topics)
+        self.checkpoint = Checkpoint(0, -1)
+        self.is_sparse = False
+        """Few of the log's events are of its types."""
+        self.rows: LRUCache[str, R] = LRUCache(CACHED_ROWS)
+        self.parked: set[str] | None = None
+        """Keys that have dead letters; None if it is not known."""
+
+    def adopt(self, found: Checkpoint) -> None:
+        """Go on from a checkpoint: what is remembered holds only where it was left."""
+        if found[:2] != self.checkpoint[:2]:
+            self.rows.clear()
+            self.parked = None
+        self.checkpoint = found
+
+    @property
+    def policy(self) -> str:
+        """What to do about an event that cannot be folded."""
+        return self.reader.on_poison or ("park" if self.checkpoint.is_built else "halt")
+
+
+class Turn(Generic[R]):
+    """What a page does to one view."""
+
+    def __init__(self, fold: Fold[R], pages: Pages) -> None:
+        self.fold = fold
+        self.rows: dict[str, R | None] = {}
+        self.parked: list[DeadLetter] = []
+        self.events: list[Event] = []
+        self.reactions: Reactions | None = None
+        self._pages = pages
+        self._parked = pages.parked(fold)
+        if fold.process is not None:
+            self.reactions = Reactions(fold.reader.name, pages.find)
+
+    def take(self, logged: Sequence[LoggedEvent], events: Sequence[Any], *, is_whole: bool) -> None:
+        """Fold some events, all of which could be decoded if it `is_whole`.
+
+        Raises whatever the projection does.
+        """
+        reader = self.fold.reader
+        if self._parked or not is_whole:
+            events = list(self._put_aside(logged, events))
+        if reader.writes is not None:
+            self.events += filter(reader.is_of, events)
+        if self.reactions is None:
+            self.rows.update(reader.fold(events, self._load))
+            return
+        with self.reactions.made(), clock.clock(self._pages.now):
+            self.rows.update(reader.fold(events, self._load, self._react(events)))
+
+    def change(self) -> Change:
+        """Return it as the store takes it."""
+        return Change(
+            self.fold.reader,
+            self.fold.checkpoint,
+            self.rows,
+            tuple(self.parked),
+            events=tuple(self.events),
+        )
+
+    def written(self, position: int, *, is_built: bool) -> None:
+        """Remember what is in the store now."""
+        fold = self.fold
+        at = fold.checkpoint
+        fold.checkpoint = at._replace(
+            position=position,
+            is_built=at.is_built or is_built,
+            dead_letters=at.dead_letters + len(self.parked),
+        )
+        fold.parked = self._parked
+        for key, row in self.rows.items():
+            if row is None:
+                fold.rows.pop(key, None)
+            else:
+                fold.rows[key] = row
+
+    def _load(self, keys: set[str]) -> dict[str, R | None]:
+        cached, changed = self.fold.rows, self.rows
+        rows: dict[str, R | None] = {}
+        missing: list[str] = []
+        for key in keys:
+            if key in changed:
+                rows[key] = changed[key]
+            elif key in cached:
+                rows[key] = cached[key]
+            else:
+                missing.append(key)
+        loaded = self._pages.views.load(self.fold.reader, missing) if missing else {}
+        return {**rows, **loaded}
+
+    def _put_aside(self, logged: Sequence[LoggedEvent], events: Sequence[Any]) -> Iterator[Event]:
+        """Park what cannot be read, and what would change rows that have something parked."""
+        fold, parked = self.fold, self._parked
+        for at, event in zip(logged, events, strict=True):
+            if isinstance(event, Unreadable):
+                if not event.concerns(fold.topics):
+                    continue
+                if fold.policy == "halt":
+                    raise event.error
+                self.park(at, (event.originator_id.hex,), str(event.error))
+            elif fold.reader.is_of(event):
+                keys = fold.reader.keys_of(event)
+                if parked.isdisjoint(keys):
+                    yield event
+                else:
+                    self.park(at, keys, "")
+
+    def park(self, at: LoggedEvent, keys: Iterable[str], error: str) -> None:
+        """Put an event aside, and all that will follow under its keys."""
+        for key in keys:
+            self._parked.add(key)
+            letter = DeadLetter(
+                at.position, key, at.aggregate_id, at.version, at.topic, error, self._pages.now()
+            )
+            self.parked.append(letter)
+
+    def _react(self, events: Sequence[Event]) -> Callable[[Any, Any, Event], None]:
+        reactions, process = self.reactions, self.fold.process
+        assert reactions is not None  # noqa: S101 - there is a process
+        assert process is not None  # noqa: S101 - that it reacts with
+        react = partial(reactions.react, process)
+        if self.fold.checkpoint.is_built:
+            return react
+        # It is built anew: what an older version has reacted to is not reacted to again.
+        name = self.fold.reader.name
+        ids = {
+            reaction_id(name, e.originator_id, e.originator_version): e
+            for e in events
+            if self.fold.reader.is_of(e)
+        }
+        known = {id(ids[command_id]) for command_id in self._pages.log.commands(list(ids))}
+
+        def react_to_new(before: Any, after: Any, event: Event) -> None:
+            if id(event) not in known:
+                react(before, after, event)
+
+        return react_to_new
+
+
+class Wanted(Protocol):
+    """Whose events are read."""
+
+    @property
+    def topics(self) -> frozenset[str]:
+        """The topics of its events."""
+        ...
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Where it is."""
+        ...
+
+    is_sparse: bool
+    """Few of the log's events are of its types."""
+
+
+class Movable(Protocol):
+    """What has a checkpoint in the store."""
+
+    @property
+    def reader(self) -> Reader:
+        """Whose it is."""
+        ...
+
+
+class Read(NamedTuple):
+    """Events of the log, and how far they reach."""
+
+    logged: Sequence[LoggedEvent]
+    events: Sequence[Any]
+    end: int
+    """There is nothing else of interest up to there."""
+    has_more: bool
+    head: int
+
+
+class Outcome(NamedTuple):
+    """How a page went."""
+
+    events: int = 0
+    """Read from the log."""
+    has_more: bool = False
+    is_lost: bool = False
+    """Somebody else has moved a checkpoint: nothing was written."""
+    head: int = 0
+    failed: Mapping[object, Exception] = {}
+    """What could not be folded, and has left the page."""
+
+
+class Pages:
+    """Reads pages of the log and writes what they make of views; its calls block."""
+
+    def __init__(self, log: Log, views: ViewStore, mapper: EventMapper, platform: Platform) -> None:
+        self.log = log
+        self.views = views
+        self.now = platform.now
+        self._events: Events = log
+        self._mapper = mapper
+        self._known = frozenset(mapper.event_topics())
+
+    def within(self, events: Events, views: ViewStore) -> Pages:
+        """Return the same in a transaction under way."""
+        pages = copy(self)
+        pages._events, pages.views = events, views
+        return pages
+
+    def fold(self, folds: Sequence[Fold[Any]], limit: int) -> Outcome:
+        """Fold the next events, at most so many, into views that are equally far.
+
+        One that cannot fold them leaves the page. Raises what the store does.
+        """
+        after = folds[0].checkpoint.position
+        head = self._events.head()
+        if head <= after:
+            return Outcome(head=after)
+        logged = self._read(folds, after, limit)
+        is_full = len(logged) == limit
+        end = logged[-1].position if logged else head
+        if not is_full:
+            end = max(end, head)
+        turns = [Turn(fold, self) for fold in folds]
+        failed: dict[object, Exception] = {}
+        for begin in range(0, len(logged), CHUNK):
+            chunk = logged[begin : begin + CHUNK]
+            events, is_whole = self._decode(chunk)
+            for turn in turns.copy():
+                try:
+                    turn.take(chunk, events, is_whole=is_whole)
+                except Exception as error:
+                    if may_pass(error):
+                        raise
+                    failed[turn.fold] = error
+                    turns.remove(turn)
+        is_lost = bool(turns) and not self._write(turns, end, is_built=not is_full)
+        return Outcome(len(logged), is_full, is_lost, max(head, end), failed)
+
+    def read_for(self, reader: Wanted, limit: int, until: int | None = None) -> Read:
+        """Return the next events for one reader, at most so many, none beyond a position."""
+        after = reader.checkpoint.position
+        head = self._events.head()
+        logged = self._read([reader], after, limit) if head > after else []
+        has_more = len(logged) == limit
+        end = logged[-1].position if has_more else max(head, after)
+        if until is not None and until < end:
+            logged = [event for event in logged if event.position <= until]
+            has_more, end = False, until
+        events, _ = self._decode(logged)
+        return Read(logged, events, end, has_more, max(head, end))
+
+    def park(self, fold: Fold[Any], error: str) -> bool:
+        """Put the next event aside; tell whether nobody was quicker."""
+        after = fold.checkpoint.position
+        (at,) = logged = self._read([fold], after, 1)
+        (event,), _ = self._decode(logged)
+        turn = Turn(fold, self)
+        turn.park(at, self._keys_of(fold, event), error)
+        return self._write([turn], at.position)
+
+    def retry(self, fold: Fold[Any]) -> tuple[int, int]:
+        """Fold what is parked, in order; return how many events were folded, and how many stay."""
+        stuck: set[str] = set()
+        released = kept = 0
+        for position, letters in _by_position(self.views.dead_letters(fold.reader)):
+            keys = {letter.key for letter in letters}
+            is_free = stuck.isdisjoint(keys)
+            if is_free and self._release(fold, position, letters):
+                released += 1
+            else:
+                stuck |= keys
+                kept += 1
+        return released, kept
+
+    def drop(self, reader: Movable, position: int | None = None) -> int:
+        """Give up what is parked, or one event of it; return how many events."""
+        found = self.views.dead_letters(reader.reader)
+        letters = [letter for letter in found if position in (None, letter.position)]
+        if letters:
+            self.change(reader, letters, ())
+        return len({letter.position for letter in letters})
+
+    def change(
+        self, reader: Movable, released: Sequence[DeadLetter], parked: Sequence[DeadLetter]
+    ) -> None:
+        """Change what is parked of a reader."""
+        self._change(
+            reader,
+            lambda at: (Change(reader.reader, at, parked=parked, released=released), None),
+        )
+
+    def read_at(self, position: int) -> tuple[LoggedEvent, Any]:
+        """Return the event at a position."""
+        logged = self._events.read(position - 1, 1)
+        (event,), _ = self._decode(logged)
+        return logged[0], event
+
+    def parked(self, fold: Fold[Any]) -> set[str]:
+        """Return the keys that have dead letters; the set is the caller's own."""
+        if fold.parked is None:
+            there_are = fold.checkpoint.dead_letters > 0
+            letters = self.views.dead_letters(fold.reader) if there_are else ()
+            fold.parked = {letter.key for letter in letters}
+        return set(fold.parked)
+
+    def find(self, _: type[Aggregate], aggregate_ids: Sequence[UUID]) -> list[Any]:
+        """Read aggregates from their streams."""
+        streams = self.log.streams(aggregate_ids)
+        return [project(None, self._mapper.decode_all(streams[i])) for i in aggregate_ids]
+
+    def _read(self, folds: Sequence[Wanted], after: int, limit: int) -> list[LoggedEvent]:
+        """Read a page: the log as it lies, or by topics where few of its events are wanted.
+
+        Events of topics that the model does not know are read by all: they may be meant for them.
+        """
+        topics = frozenset[str]().union(*(fold.topics for fold in folds))
+        is_sparse = all(fold.is_sparse for fold in folds)
+        if is_sparse:
+            wanted = topics | (self._events.topics() - self._known)
+            logged = self._events.read(after, limit, sorted(wanted))
+            span = logged[-1].position - after if logged else 0
+            is_sparse = len(logged) < DENSE * span or not logged
+        else:
+            logged = self._events.read(after, limit)
+            matching = sum(1 for event in logged if event.topic in topics)
+            is_sparse = matching < SPARSE * len(logged)
+        for fold in folds:
+            fold.is_sparse = is_sparse
+        return logged
+
+    def _decode(self, logged: Sequence[LoggedEvent]) -> tuple[list[Any], bool]:
+        """Decode events; tell whether all of them could be."""
+        decode = self._mapper.decode
+        try:
+            return [decode(i, v, topic, state) for _, i, v, topic, state in logged], True
+        except (UnknownTopicError, UnreadableEventError):
+            return [self._decode_one(event) for event in logged], False
+
+    def _decode_one(self, at: LoggedEvent) -> Any:
+        try:
+            return self._mapper.decode(at.aggregate_id, at.version, at.topic, at.state)
+        except (UnknownTopicError, UnreadableEventError) as error:
+            return Unreadable(at.aggregate_id, at.version, at.topic, error)
+
+    def _write(self, turns: Sequence[Turn[Any]], end: int, *, is_built: bool = False) -> bool:
+        changes = [turn.change() for turn in turns]
+        if not self.views.write(changes, end, group=self._group(turns), is_built=is_built):
+            return False
+        for turn in turns:
+            turn.written(end, is_built=is_built)
+        return True
+
+    def _group(self, turns: Sequence[Turn[Any]]) -> Group | None:
+        """Return what processes have recorded, as commands of their own."""
+        reactions = [turn.reactions for turn in turns if turn.reactions is not None]
+        saves = [
+            self._save(turn.fold.reader.name, command_id, events)
+            for turn in turns
+            if turn.reactions is not None
+            for command_id, events in turn.reactions.saved.items()
+            if events
+        ]
+        if not saves:
+            return None
+        return Group(saves, [pair for r in reactions for pair in r.based_on().items()])
+
+    def _save(self, name: str, command_id: UUID, events: Sequence[Event]) -> Save:
+        stored = [self._mapper.to_stored_event(event) for event in events]  # may make keys
+        encoded = [
+            EncodedEvent(event.originator_id, e.originator_version, e.topic, e.state)
+            for event, e in zip(events, stored, strict=True)
+        ]
+        versions = {event.aggregate_id: event.version for event in encoded}
+        return Save(command_id, f"process {name}", encoded, tuple(versions.items()), None)
+
+    def _keys_of(self, fold: Fold[Any], event: Any) -> Iterable[str]:
+        own = (event.originator_id.hex,)
+        if isinstance(event, Unreadable):
+            return own
+        try:
+            return fold.reader.keys_of(event) or own
+        except Exception:  # noqa: BLE001 - it may be what is wrong with the event
+            return own
+
+    def _release(self, fold: Fold[Any], position: int, letters: Sequence[DeadLetter]) -> bool:
+        """Fold what was parked at one position; tell whether it could be."""
+
+        def fold_again(at: Checkpoint) -> tuple[Change, Group | None]:
+            logged, event = self.read_at(position)
+            if isinstance(event, Unreadable):
+                raise event.error
+            fold.adopt(at)
+            fold.rows.clear()
+            fold.parked = set()  # what waits here is what is looked at
+            turn = Turn(fold, self)
+            turn.take([logged], [event], is_whole=True)
+            return replace(turn.change(), released=letters), self._group([turn])
+
+        try:
+            self._change(fold, fold_again)
+        except Exception as error:
+            if may_pass(error) or not is_poison(error):
+                raise
+            why = described(error)
+            self.change(fold, (), [replace(letter, error=why) for letter in letters])
+            return False
+        return True
+
+    def _change(
+        self, reader: Movable, make: Callable[[Checkpoint], tuple[Change, Group | None]]
+    ) -> None:
+        """Change a reader between two pages, whoever writes those: they are begun again."""
+        for _ in range(ATTEMPTS):
+            (at,) = self.views.checkpoints([reader.reader])
+            change, group = make(at)
+            if self.views.write([change], at.position, group=group, is_fence=True):
+                return
+        raise ViewBusyError(f"{reader.reader.name}_v{reader.reader.version}")
+
+
+class InlineViews:
+    """Views that are written in the transaction of the events.
+
+    Whatever is in the log after their checkpoints is folded there: the events of the transaction,
+    and those that a program without these views has written before.
+    """
+
+    def __init__(self, projections: Sequence[Projection[Any]]) -> None:
+        self.projections = tuple(projections)
+        self._pages: Pages | None = None
+
+    def use(self, pages: Pages) -> None:
+        """Fold by these pages, and all that the log holds now."""
+        self._pages = pages
+        self(pages.log, pages.views)
+
+    def __call__(self, events: Events, views: ViewStore) -> None:
+        """Fold what is new. Raises what refuses it."""
+        if self._pages is None:
+            return  # the store is being opened
+        pages = self._pages.within(events, views)
+        for projection in self.projections:
+            fold = Fold(projection)
+            fold.adopt(views.checkpoints([projection])[0])
+            while (outcome := pages.fold([fold], INLINE)).has_more:
+                pass
+            if outcome.failed:
+                raise failure_of(projection.table, outcome.failed[fold])
+            if outcome.is_lost:
+                raise ViewBusyError(projection.table)
+
+
+def _by_position(letters: Iterable[DeadLetter]) -> Iterator[tuple[int, list[DeadLetter]]]:
+    for position, found in groupby(letters, attrgetter("position")):
+        yield position, list(found)
+
+
+def is_poison(error: Exception) -> bool:
+    """Tell whether it is the event that is at fault, or the projection with it: not the store."""
+    return not isinstance(error, PersistenceError) or isinstance(error, (DataError, IntegrityError))
+
+
+def failure_of(name: str, error: Exception) -> LeftfoldError:
+    """Return what to tell of an error that stops a reader of the log."""
+    if isinstance(error, LeftfoldError) and not isinstance(error, DomainError):
+        return error
+    return ProjectionFailedError(name, described(error))
+
+
+def described(error: Exception) -> str:
+    """Say what is wrong, for logs, health and dead letters, without what it was about.
+
+    The stores' errors quote no values. The texts of others may: they are not shown.
+    """
+    name = type(error).__name__
+    if isinstance(error, PersistenceError) or (
+        isinstance(error, LeftfoldError) and not isinstance(error, DomainError)
+    ):
+        return f"{name}: {error}"
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    code = frame.f_code
+    return f"{name} in {code.co_name}, line {line} of {Path(code.co_filename).name}"
