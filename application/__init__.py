@@ -1,6 +1,7 @@
 """The application layer: commands, queries, services, projections, and the ports they need."""
 
 from leftfold.application.bus import (
+    Answer,
     CommandBus,
     Dispatch,
     Middleware,
@@ -15,7 +16,9 @@ from leftfold.application.caching import (
     Loaded,
     NotKept,
     cached,
+    invalidating,
 )
+from leftfold.application.checkpoints import Comparison, DeadLetter
 from leftfold.application.errors import (
     AlreadyHandledError,
     CommandIdReused,
@@ -29,6 +32,7 @@ from leftfold.application.errors import (
     KeysUnavailable,
     NestedDispatchError,
     NoHandlerError,
+    NotUnique,
     OutcomeUnknown,
     Overloaded,
     ShuttingDown,
@@ -38,27 +42,33 @@ from leftfold.application.errors import (
     Unstorable,
     ValidationFailed,
     ViewBehind,
+    ViewBuilding,
     ViewStopped,
 )
 from leftfold.application.mapper import EventMapper
 from leftfold.application.messages import Command, CommandHandler, Handling, Query, QueryHandler
 from leftfold.application.model import Model
 from leftfold.application.planning import Plan, plan
+from leftfold.application.process import Process
 from leftfold.application.projection import Page, Projection
 from leftfold.application.reading import Histories, QueryService, Views
 from leftfold.application.receipt import Receipt
 from leftfold.application.service import Repository, Service
 from leftfold.application.snapshots import SnapshotPolicy
+from leftfold.application.subscriber import Subscriber
 
 __all__ = [
     "AlreadyHandledError",
+    "Answer",
     "CacheEntry",
     "CacheProvider",
     "Command",
     "CommandBus",
     "CommandHandler",
     "CommandIdReused",
+    "Comparison",
     "Conflict",
+    "DeadLetter",
     "Dispatch",
     "DispatchError",
     "DispatchOverError",
@@ -77,10 +87,12 @@ __all__ = [
     "NestedDispatchError",
     "NoHandlerError",
     "NotKept",
+    "NotUnique",
     "OutcomeUnknown",
     "Overloaded",
     "Page",
     "Plan",
+    "Process",
     "Projection",
     "Query",
     "QueryBus",
@@ -92,15 +104,18 @@ __all__ = [
     "ShuttingDown",
     "SnapshotPolicy",
     "Step",
+    "Subscriber",
     "UnknownTopicError",
     "UnreadableEventError",
     "UnsavedEventsError",
     "Unstorable",
     "ValidationFailed",
     "ViewBehind",
+    "ViewBuilding",
     "ViewStopped",
     "Views",
     "cached",
     "described",
+    "invalidating",
     "plan",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from inspect import isawaitable
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 from uuid import UUID, uuid4
@@ -66,6 +67,8 @@ class Dispatch(NamedTuple, Generic[M]):
     """Answer from views that have seen what this receipt's command wrote."""
     metadata: Metadata = NO_METADATA
     """What the command's events get; its id stands in for a cause that is not given."""
+    consistency: tuple[str, ...] = ()
+    """Answer when views of these names have seen what the command wrote."""
 
     @property
     def name(self) -> str:
@@ -189,10 +192,13 @@ class CommandBus(Bus[Command[Any, Any]]):
         *,
         command_id: UUID | None = None,
         metadata: Metadata | None = None,
+        consistency: Sequence[str] = (),
     ) -> Result[T, E | DispatchError]:
         """Carry out a command, at most once for each `command_id` (made if absent).
 
-        Its events get the `metadata`, or else that of `with described(…)` around the call.
+        Its events get the `metadata`, or else that of `with described(…)` around the call. With
+        `consistency` a runtime answers when views of these names have seen what was written, or
+        after its `view_timeout`: then the receipt names those that are `behind`.
         `Err` holds a refusal of the domain or a `DispatchError`, and then nothing was written,
         unless it is `OutcomeUnknown`. Raises `NoHandlerError`, and whatever bug the handler has.
         """
@@ -202,6 +208,7 @@ class CommandBus(Bus[Command[Any, Any]]):
                 self._find(command),
                 command_id or self._new_id(),
                 metadata=_described.get() if metadata is None else metadata.check(),
+                consistency=tuple(consistency),
             )
         )
 
@@ -211,6 +218,7 @@ class CommandBus(Bus[Command[Any, Any]]):
         *,
         command_ids: Sequence[UUID] | None = None,
         metadata: Metadata | None = None,
+        consistency: Sequence[str] = (),
     ) -> Result[tuple[T, ...], E | DispatchError]:
         """Carry out several commands in order and in one transaction, all or none.
 
@@ -230,7 +238,8 @@ class CommandBus(Bus[Command[Any, Any]]):
         batch = Batch.model_construct(parts=parts)
         if not parts:
             return Ok(())
-        outcome = await self._step(Dispatch(batch, _BATCH, parts[0].command_id))
+        whole = Dispatch(batch, _BATCH, parts[0].command_id, consistency=tuple(consistency))
+        outcome = await self._step(whole)
         return Ok(tuple(outcome.value)) if isinstance(outcome, Ok) else outcome
 
 
@@ -253,6 +262,49 @@ class QueryBus(Bus[Query[Any, Any]]):
         """
         return await self._step(Dispatch(query, self._find(query), _NO_COMMAND, after=after))
 
+    async def answer(
+        self, query: Query[T, E], *, after: Receipt, timeout: float | None = None
+    ) -> Result[Answer[T], E | DispatchError]:
+        """Answer a query as `dispatch` does, and where views do not get there in time, from older.
+
+        The answer says how far behind it is. Waits `timeout` seconds (default: the runtime's
+        `view_timeout`).
+        """
+        patience = Patience(timeout)
+        token = current_patience.set(patience)
+        try:
+            outcome = await self.dispatch(query, after=after)
+        finally:
+            current_patience.reset(token)
+        return Ok(Answer(outcome.value, patience.lag)) if isinstance(outcome, Ok) else outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Answer(Generic[T]):
+    """An answer that may be older than was asked for."""
+
+    value: T
+    lag: int
+    """Positions in the log that were asked for and not seen yet; 0 if it is as new as asked for."""
+
+    @property
+    def is_stale(self) -> bool:
+        """Tell whether it is older than was asked for."""
+        return self.lag > 0
+
+
+class Patience:
+    """How long a query waits for views that are behind; then it makes do with them."""
+
+    def __init__(self, timeout: float | None) -> None:
+        """Wait so many seconds."""
+        self.timeout = timeout
+        self.lag = 0
+        """Positions that an answer is behind."""
+
+
+current_patience: ContextVar[Patience | None] = ContextVar("leftfold_patience", default=None)
+"""None: a view that is behind is an error."""
 
 _NO_COMMAND = UUID(int=0)
 

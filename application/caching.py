@@ -10,8 +10,10 @@ from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 from leftfold.application.bus import Dispatch, Middleware, Outcome, Step
 from leftfold.application.errors import EventStoreUnavailable
 from leftfold.application.messages import Query
+from leftfold.application.projection import Projection
 from leftfold.application.reading import ReadAt, current_read
-from leftfold.domain import Err, LeftfoldError, Ok
+from leftfold.application.subscriber import Subscriber
+from leftfold.domain import Err, Event, LeftfoldError, Ok
 from leftfold.domain.clock import now
 from leftfold.domain.personal import Noticing, Personal, note, noting
 
@@ -199,6 +201,37 @@ def cached(
         return Ok(value)
 
     return around
+
+
+def invalidating(
+    name: str,
+    projection: Projection[Any],
+    cache: CacheProvider[Any],
+    *,
+    keys: Callable[[str], Iterable[str]] = lambda _: (),
+    tags: Callable[[str], Iterable[str]] = lambda _: (),
+    everywhere: bool = True,
+) -> Subscriber:
+    """Return what deletes from a cache all that was made of the rows which a view has changed.
+
+    `keys` and `tags` name what is cached of the row under a key. It is told after the view has
+    passed an event, with a checkpoint of its own, so that a crash in between loses nothing. A
+    cache in this process is one of many: each process sees to its own. One that processes share
+    is seen to once, with `everywhere=False`.
+    """
+    subscriber = Subscriber(name, needs=(projection,), everywhere=everywhere)
+
+    async def changed(event: Event) -> None:
+        if projection.is_of(event):
+            for row_key in projection.keys_of(event):
+                for key in keys(row_key):
+                    await cache.delete(key)
+                for tag in tags(row_key):
+                    await cache.invalidate_tag(tag)
+
+    for event_type in projection.event_types:
+        subscriber.on(event_type)(changed)
+    return subscriber
 
 
 def _default_key(query: Query[Any, Any]) -> str | None:

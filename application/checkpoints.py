@@ -81,3 +81,14 @@ class Change:
     """What is parked no longer."""
     events: Sequence[Event] = ()
     """For the projection's own statements."""
+
+
+class Comparison(NamedTuple):
+    """How the rows of a view differ from those of another, in rows."""
+
+    same: int
+    changed: int
+    added: int
+    """Only this one has them."""
+    removed: int
+    """Only the other has them."""

@@ -68,6 +68,11 @@ class Model:
         watched = (process.projection for process in self.processes)
         return (*self.projections, *watched, *self.subscribers)
 
+    @property
+    def stored_readers(self) -> tuple[Projection[Any] | Subscriber, ...]:
+        """Those of them whose checkpoints are stored."""
+        return tuple(r for r in self.readers if isinstance(r, Projection) or not r.everywhere)
+
     def system(self) -> System:
         """Return the services and processes as the eventsourcing library's system."""
         pipes: list[list[type[Application[Any]]]] = [[service] for service in self.services]

@@ -9,7 +9,7 @@ from enum import Flag, auto
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 from uuid import UUID
 
-from leftfold.application.checkpoints import Change, Checkpoint, DeadLetter, Reader
+from leftfold.application.checkpoints import Change, Checkpoint, Comparison, DeadLetter, Reader
 from leftfold.application.errors import DispatchError
 from leftfold.application.projection import Projection
 from leftfold.domain import ALWAYS, Specification
@@ -269,6 +269,33 @@ class ViewStore(Protocol):
 
     def release(self, owner: str) -> None:
         """Let others have what the owner holds."""
+        ...
+
+    def define(self, reader: Reader) -> None:
+        """Make what a reader needs, if it is not there. Raises `ViewChangedError`."""
+        ...
+
+    def drop(self, reader: Reader) -> None:
+        """Delete a view with its rows, its dead letters and its checkpoint."""
+        ...
+
+    def versions(self, name: str) -> dict[int, bool]:
+        """Return the versions that are stored of a reader, and whether somebody holds each."""
+        ...
+
+    def compare(self, projection: Projection[Any], other: Projection[Any]) -> Comparison | None:
+        """Compare the rows of a view with another's, whose columns are the same.
+
+        None if the two are not equally far.
+        """
+        ...
+
+    def take_over(self, projection: Projection[Any], anew: Projection[Any]) -> Comparison | None:
+        """Give a view the rows of the one that was built beside it, and drop that.
+
+        In one transaction, which also gives it another epoch; returns how many rows that changes.
+        None, and nothing is done, if the two are not equally far.
+        """
         ...
 
     def dead_letters(self, reader: Reader) -> list[DeadLetter]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, MutableMapping
+from copy import copy
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Generic, Literal, TypeAlias, TypeVar, get_type_hints
 
 from leftfold.application.errors import InvalidModelError
+from leftfold.application.fingerprints import code_of, digest
 from leftfold.domain import ALWAYS, Event, Specification
 from leftfold.domain.personal import is_personal
 
@@ -80,7 +82,7 @@ class Projection(Generic[R]):
         self.key = key
         self.keys = keys
         self.inline = inline
-        self.on_poison = on_poison
+        self.on_poison: Policy | None = on_poison
         self.writes: Statements | None = None
         hints = get_type_hints(row)
         self.column_types: dict[str, Any] = {f.name: hints[f.name] for f in fields(row)}
@@ -134,10 +136,19 @@ class Projection(Generic[R]):
         """The names of the fields that rows can be put in order by: not by personal data."""
         return tuple(name for name, kind in self.column_types.items() if not is_personal(kind))
 
+    def anew(self) -> Projection[R]:
+        """Return the same to be built beside this one; its version is the negative of this one's.
+
+        What it reads names the code that it folds by: half of it is never another code's.
+        """
+        anew = copy(self)
+        anew.version = -self.version
+        return anew
+
     @property
     def table(self) -> str:
-        """The name of its table: `name_vN`."""
-        return f"{self.name}_v{self.version}"
+        """The name of its table: `name_vN`, and `name_vN_anew` while it is built beside that."""
+        return f"{self.name}_v{abs(self.version)}" + ("_anew" if self.version < 0 else "")
 
     @property
     def event_types(self) -> tuple[type[Event], ...]:
@@ -155,7 +166,15 @@ class Projection(Generic[R]):
         shown = f"events {', '.join(sorted(e.TOPIC for e in self._evolve))}"
         if self.where != ALWAYS:
             shown += f"; where {self.where!r}"
-        return shown if self.specification == ALWAYS else f"{shown}; shows {self.specification!r}"
+        if self.specification != ALWAYS:
+            shown += f"; shows {self.specification!r}"
+        return shown if self.version > 0 else f"{shown}; by {self._code}"
+
+    @property
+    def _code(self) -> str:
+        """Tells whether the functions are the same, but for those that they call."""
+        functions = (self.key, self.keys, *self._evolve.values())
+        return digest(part for function in functions for part in code_of(function))
 
     def on(
         self, event_type: type[E]

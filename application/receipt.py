@@ -17,3 +17,5 @@ class Receipt:
     """Position in the log of the command's last event; 0 if it wrote none."""
     repeated: bool = False
     """The command had been carried out before; this is the first receipt again."""
+    behind: tuple[str, ...] = ()
+    """Views that were to be waited for, and have not seen what was written in time."""

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from hashlib import sha256
-from types import CodeType, FunctionType
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 from leftfold.application.errors import InvalidModelError
+from leftfold.application.fingerprints import code_of, digest, sorted_text
 from leftfold.domain import Aggregate
 
 
@@ -48,48 +45,11 @@ def shape_of(aggregate_type: type[Aggregate]) -> str:
     upcaster, or the code of an `apply`; code that these call is not looked at. Other versions of
     Python may see another.
     """
-    digest = sha256()
-    parts = [_sorted(get_type_hints(aggregate_type))]
+    parts = [sorted_text(get_type_hints(aggregate_type))]
     for event in aggregate_type.EVENTS:
         facts = {n: (field.annotation, field.default) for n, field in event.model_fields.items()}
-        parts += [event.TOPIC, str(event.class_version), _sorted(facts)]
-        parts += _function(event.apply)
+        parts += [event.TOPIC, str(event.class_version), sorted_text(facts)]
+        parts += code_of(event.apply)
         for step in range(1, event.class_version):
-            parts += _function(getattr(event, f"upcast_v{step}_v{step + 1}", None))
-    for part in parts:
-        digest.update(part.encode() + b"\0")
-    return digest.hexdigest()[:32]
-
-
-def _sorted(types: Mapping[str, Any]) -> str:
-    return str(sorted((name, _text(each)) for name, each in types.items()))
-
-
-def _function(function: Any) -> Iterator[str]:
-    """Yield what a function does, without where it is written."""
-    if not isinstance(function, FunctionType):
-        yield _text(function)
-        return
-    yield from _code(function.__code__)
-    yield _text((function.__defaults__, function.__kwdefaults__))
-    for cell in function.__closure__ or ():
-        yield _text(cell.cell_contents)
-
-
-def _code(code: CodeType) -> Iterator[str]:
-    yield code.co_code.hex()
-    yield _text(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _code(constant)
-        else:
-            yield _text(constant)
-
-
-def _text(value: object) -> str:
-    """Return a value as text that is the same in every process: no addresses, no order of sets."""
-    if isinstance(value, (frozenset, set)):
-        return str(sorted(map(_text, value)))
-    if isinstance(value, tuple):
-        return str([_text(each) for each in value])
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+            parts += code_of(getattr(event, f"upcast_v{step}_v{step + 1}", None))
+    return digest(parts)

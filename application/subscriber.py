@@ -28,7 +28,9 @@ class Subscriber:
     again, so an effect should be told by the event's id. One that fails is tried again, later and
     later, and then kept as a dead letter, with those of its key that come after it. A new
     subscriber begins at the log's end, unless `from_beginning`; where views are rebuilt nothing
-    comes again. With `needs`, events are held back until those views have seen them.
+    comes again. With `needs`, events are held back until those views have seen them. Of several
+    processes one tells it, unless it is `everywhere`: then each tells its own, of what happens
+    while it runs, and an effect that keeps failing is only logged.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Subscriber:
         version: int = 1,
         needs: Iterable[Projection[Any]] = (),
         from_beginning: bool = False,
+        everywhere: bool = False,
         key: Callable[[Any], str] = aggregate_key,
     ) -> None:
         """Name a subscriber. Raises `InvalidModelError` for a bad name."""
@@ -47,6 +50,7 @@ class Subscriber:
         self.version = version
         self.needs = tuple(needs)
         self.begins_now = not from_beginning
+        self.everywhere = everywhere
         self.key = key
         self._effects: dict[type[Event], Effect[Any]] = {}
 

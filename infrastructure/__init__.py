@@ -17,10 +17,13 @@ from leftfold.infrastructure.errors import (
     SchemaMissingError,
     SchemaVersionError,
     StoreUnavailableError,
+    TooManyDeadLettersError,
     ValueOutOfRangeError,
+    ViewBusyError,
     ViewChangedError,
+    ViewInUseError,
 )
-from leftfold.infrastructure.health import Health, PartHealth, ProjectionHealth
+from leftfold.infrastructure.health import Health, PartHealth, ProjectionHealth, ReaderState
 from leftfold.infrastructure.resilience import (
     CircuitBreaker,
     CircuitOpenError,
@@ -30,6 +33,7 @@ from leftfold.infrastructure.resilience import (
 )
 from leftfold.infrastructure.runtime import Runtime
 from leftfold.infrastructure.settings import Settings
+from leftfold.infrastructure.upkeep import Retried
 
 if TYPE_CHECKING:
     from leftfold.infrastructure.caches import RedisCache, TieredCache
@@ -50,8 +54,10 @@ __all__ = [
     "PartHealth",
     "ProjectionFailedError",
     "ProjectionHealth",
+    "ReaderState",
     "RedisCache",
     "Resilience",
+    "Retried",
     "RetryPolicy",
     "Runtime",
     "SchemaMissingError",
@@ -59,8 +65,11 @@ __all__ = [
     "Settings",
     "StoreUnavailableError",
     "TieredCache",
+    "TooManyDeadLettersError",
     "ValueOutOfRangeError",
+    "ViewBusyError",
     "ViewChangedError",
+    "ViewInUseError",
 ]
 
 

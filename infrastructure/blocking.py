@@ -13,6 +13,7 @@ from uuid import UUID
 from anyio.from_thread import BlockingPortal
 
 from leftfold.application import (
+    Answer,
     Command,
     DispatchError,
     EventStoreUnavailable,
@@ -21,11 +22,13 @@ from leftfold.application import (
     ValidationFailed,
     ViewBehind,
 )
+from leftfold.application.checkpoints import Comparison, DeadLetter
 from leftfold.domain import Metadata, Result
 from leftfold.infrastructure.errors import NotRunningError
 from leftfold.infrastructure.health import Health
 from leftfold.infrastructure.platform import sigterm, start_thread
 from leftfold.infrastructure.runtime import Runtime
+from leftfold.infrastructure.upkeep import Retried, Told, untold
 
 T = TypeVar("T")
 E = TypeVar("E")
@@ -43,11 +46,14 @@ class BlockingCommands:
         *,
         command_id: UUID | None = None,
         metadata: Metadata | None = None,
+        consistency: Sequence[str] = (),
     ) -> Result[T, E | DispatchError]:
         """Carry out a command."""
         bus = self._facade.runtime.commands
         return self._facade.call(
-            lambda: bus.dispatch(command, command_id=command_id, metadata=metadata)
+            lambda: bus.dispatch(
+                command, command_id=command_id, metadata=metadata, consistency=consistency
+            )
         )
 
     def dispatch_all(
@@ -56,11 +62,14 @@ class BlockingCommands:
         *,
         command_ids: Sequence[UUID] | None = None,
         metadata: Metadata | None = None,
+        consistency: Sequence[str] = (),
     ) -> Result[tuple[T, ...], E | DispatchError]:
         """Carry out several commands in one transaction, all or none."""
         bus = self._facade.runtime.commands
         return self._facade.call(
-            lambda: bus.dispatch_all(commands, command_ids=command_ids, metadata=metadata)
+            lambda: bus.dispatch_all(
+                commands, command_ids=command_ids, metadata=metadata, consistency=consistency
+            )
         )
 
     def parse(
@@ -82,6 +91,13 @@ class BlockingQueries:
         """Answer a query."""
         bus = self._facade.runtime.queries
         return self._facade.call(lambda: bus.dispatch(query, after=after))
+
+    def answer(
+        self, query: Query[T, E], *, after: Receipt, timeout: float | None = None
+    ) -> Result[Answer[T], E | DispatchError]:
+        """Answer a query, from older views if need be; see `QueryBus.answer`."""
+        bus = self._facade.runtime.queries
+        return self._facade.call(lambda: bus.answer(query, after=after, timeout=timeout))
 
     def parse(
         self, name: str, data: Mapping[str, object] | str | bytes
@@ -118,6 +134,22 @@ class BlockingRuntime:
     def forget(self, subject: str) -> bool:
         """Erase a subject's personal data; see `Runtime.forget`."""
         return self.call(lambda: self.runtime.forget(subject))
+
+    def dead_letters(self, name: str) -> tuple[DeadLetter, ...]:
+        """Return what a reader of the log could not take in; see `Runtime.dead_letters`."""
+        return self.call(lambda: self.runtime.dead_letters(name))
+
+    def retry(self, name: str) -> Retried:
+        """Take in what was put aside; see `Runtime.retry`."""
+        return self.call(lambda: self.runtime.retry(name))
+
+    def drop_dead_letters(self, name: str, position: int | None = None) -> int:
+        """Give up what was put aside; see `Runtime.drop_dead_letters`."""
+        return self.call(lambda: self.runtime.drop_dead_letters(name, position))
+
+    def rebuild(self, name: str, told: Told = untold) -> Comparison:
+        """Build a view anew beside itself; see `Runtime.rebuild`."""
+        return self.call(lambda: self.runtime.rebuild(name, told))
 
     def provide_keys(self, subjects: Iterable[str]) -> None:
         """Make keys for subjects that have none; see `Runtime.provide_keys`."""

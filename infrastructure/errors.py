@@ -113,6 +113,12 @@ class ViewBusyError(
     projection: str
 
 
+class ViewInUseError(InfrastructureError, message="{view} is still kept up to date"):
+    """A version of a view cannot be dropped while somebody uses it."""
+
+    view: str
+
+
 class CacheUnavailableError(InfrastructureError, message="the cache {cache} failed: {reason}"):
     """A cache outside this process cannot be reached; what was asked of it may not be done."""
 

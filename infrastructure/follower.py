@@ -50,6 +50,8 @@ class Followed:
         self.reader = work.reader
         self.is_inline = is_inline
         """Its rows are written with the events: there are no pages of it."""
+        self.is_local = isinstance(work, Subscription) and work.reader.everywhere
+        """Its checkpoint is this process's own."""
         self.head = 0
         """The log's last position, as of the last look."""
         self.failure: LeftfoldError | None = None
@@ -227,7 +229,12 @@ class Follower:
 
     async def begin(self) -> None:
         """Learn how far all are. Raises what the store does."""
-        self._found(*await self._platform.in_thread(self._ask))
+        head, found = await self._platform.in_thread(self._ask)
+        for reader in self.readers.values():
+            if reader.is_local:
+                reader.work.adopt(Checkpoint(head))
+                reader.is_mine = True
+        self._found(head, found)
 
     async def run(self) -> None:
         """Follow the log until stopped."""
@@ -238,7 +245,7 @@ class Follower:
                 await asyncio.wait(self._pages_under_way)
             for reader in self.readers.values():
                 reader.answer(is_over=True)
-            if any(reader.is_mine for reader in self.readers.values()):
+            if any(r.is_mine and not r.is_local for r in self.readers.values()):
                 try:
                     await self._platform.in_thread(self._views.release, self._owner)
                 except Exception as error:  # noqa: BLE001 - the lease runs out by itself
@@ -289,13 +296,14 @@ class Follower:
                 await self._platform.sleep(SOON)  # one look for many commits
 
     def _ask(self, holds: bool = False) -> tuple[int, list[Checkpoint]]:  # noqa: FBT001, FBT002 - as a thread takes it
-        readers = [reader.reader for reader in self.readers.values()]
+        followed = [reader for reader in self.readers.values() if not reader.is_local]
+        readers = [reader.reader for reader in followed]
         found = self._views.checkpoints(readers)
         head = self._log.head()
         if holds:
             wanted = [
                 reader.reader
-                for reader, at in zip(self.readers.values(), found, strict=True)
+                for reader, at in zip(followed, found, strict=True)
                 if reader.failure is None
                 and not reader.is_inline
                 and (at.owner == self._owner or not at.is_held)
@@ -313,12 +321,18 @@ class Follower:
         self, head: int, found: Sequence[Checkpoint], turns: dict[str, int] | None = None
     ) -> None:
         now = self._platform.monotonic()
-        for (name, reader), at in zip(self.readers.items(), found, strict=True):
+        stored = iter(found)
+        for name, reader in self.readers.items():
+            reader.head = max(reader.head, head)
+            if reader.is_local:
+                reader.is_due = reader.is_due or reader.position < head
+                continue
+            at = next(stored)
             if reader.is_busy or (turns is not None and reader.turns != turns[name]):
                 continue  # a page has come between
             reader.work.adopt(at)
             reader.is_mine = self.folds and at.owner == self._owner and at.is_held
-            reader.head = max(reader.head, head, at.position)
+            reader.head = max(reader.head, at.position)
             reader.is_due = reader.is_due or reader.position < reader.head
             reader.note(now)
 

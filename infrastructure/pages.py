@@ -274,20 +274,22 @@ class Pages:
         pages._events, pages.views = events, views
         return pages
 
-    def fold(self, folds: Sequence[Fold[Any]], limit: int) -> Outcome:
+    def fold(self, folds: Sequence[Fold[Any]], limit: int, until: int | None = None) -> Outcome:
         """Fold the next events, at most so many, into views that are equally far.
 
-        One that cannot fold them leaves the page. Raises what the store does.
+        None beyond a position, if one is given. A view that cannot fold them leaves the page.
+        Raises what the store does.
         """
         after = folds[0].checkpoint.position
         head = self._events.head()
-        if head <= after:
-            return Outcome(head=after)
+        if min(head, head if until is None else until) <= after:
+            return Outcome(head=max(after, head))
         logged = self._read(folds, after, limit)
         is_full = len(logged) == limit
-        end = logged[-1].position if logged else head
-        if not is_full:
-            end = max(end, head)
+        end = logged[-1].position if is_full else max(head, *(e.position for e in logged[-1:]))
+        if until is not None and until < end:
+            logged = [event for event in logged if event.position <= until]
+            end, is_full = until, True
         turns = [Turn(fold, self) for fold in folds]
         failed: dict[object, Exception] = {}
         for begin in range(0, len(logged), CHUNK):

@@ -29,7 +29,7 @@ from leftfold.application import (
 )
 from leftfold.application.admission import Admission
 from leftfold.application.bus import Outcome, Step
-from leftfold.application.checkpoints import DeadLetter
+from leftfold.application.checkpoints import Comparison, DeadLetter
 from leftfold.application.execution import Execution
 from leftfold.application.middleware import conflict_retry, logged, timeout
 from leftfold.application.ports import Heard, Store
@@ -51,7 +51,7 @@ from leftfold.infrastructure.settings import Settings, load_settings
 from leftfold.infrastructure.stores import SharedLog, make_store
 from leftfold.infrastructure.stores.keys import make_keys
 from leftfold.infrastructure.subscriptions import Subscription
-from leftfold.infrastructure.upkeep import Retried, Upkeep, named
+from leftfold.infrastructure.upkeep import Retried, Told, Upkeep, named, untold
 from leftfold.infrastructure.views import FollowedViews, StoredHistories
 
 if TYPE_CHECKING:
@@ -202,6 +202,27 @@ class Runtime:
         """
         return await self._opened.upkeep.drop(name, position)
 
+    async def rebuild(self, name: str, told: Told = untold) -> Comparison:
+        """Build a view anew beside itself, and give it the rows that come out differently.
+
+        It is shown and kept up to date all the while. One that was interrupted goes on where it
+        was. `told` hears how far it is, and how far the log. Returns how many rows were the same,
+        changed, added and removed. Raises `ViewBusyError` while another process does it,
+        `ProjectionFailedError` for an event that cannot be folded, and as `dead_letters` does.
+        """
+        return await self._opened.upkeep.rebuild(name, told)
+
+    async def compare_versions(self, name: str) -> Comparison | None:
+        """Compare the newest version of a view with the one before it, if the model has two.
+
+        None if it has not, if their columns differ, or if they are never equally far.
+        """
+        return await self._opened.upkeep.compare(name)
+
+    async def drop_version(self, name: str, version: int) -> None:
+        """Delete an old version of a view. Raises `ViewInUseError` for one that is kept."""
+        await self._opened.upkeep.drop_version(name, version)
+
     async def purge_receipts(self) -> int:
         """Delete the receipts that are older than the setting `receipts_kept`; return how many.
 
@@ -327,7 +348,7 @@ class Runtime:
     def _open_store(self) -> None:
         self._inline = inline = InlineViews([p for p in self.model.projections if p.inline])
         self._store.open(
-            self.model.readers,
+            self.model.stored_readers,
             create_tables=self.settings.create_tables,
             keys=self._keyring,
             inline=inline if inline.projections else None,
@@ -371,6 +392,7 @@ class _Parts:
         self.mapper = mapper
         self._poll_interval = settings.poll_interval
         self._store_timeout = settings.store_timeout
+        self._view_timeout = settings.view_timeout
         self.access = StoreAccess(
             store.log,
             platform,
@@ -394,6 +416,7 @@ class _Parts:
         self.commands = CommandBus(
             (
                 *around,
+                self._consistent,
                 self._admission,
                 timeout(settings.command_timeout),
                 conflict_retry(platform, settings.conflict_attempts),
@@ -459,6 +482,23 @@ class _Parts:
             await _within(PATIENCE, asyncio.wait(self._following))
         for task in self._housekeeping:
             task.cancel()
+
+    async def _consistent(self, dispatch: Dispatch[Any], call_next: Step) -> Outcome:
+        """Answer a command when the views that it names have seen what it wrote."""
+        if not dispatch.consistency:
+            return await call_next(dispatch)
+        readers = named(self.follower.readers, dispatch.consistency)  # before anything is written
+        outcome = await call_next(dispatch)
+        if isinstance(outcome, Err):
+            return outcome
+        answers = outcome.value if isinstance(outcome.value, list) else [outcome.value]
+        positions = [a.position for a in answers if isinstance(a, Receipt)]
+        if len(positions) < len(answers):  # of others it is not known where their events are
+            positions.append(await self.access.read(self._store.log.head))
+        await self.follower.wait_for(readers, max(positions), self._view_timeout)
+        late = tuple(r.reader.name for r in readers if r.position < max(positions))
+        marked = [replace(a, behind=late) if isinstance(a, Receipt) else a for a in answers]
+        return Ok(marked if isinstance(outcome.value, list) else marked[0])
 
     def _wake(self) -> None:
         self.follower.wake()

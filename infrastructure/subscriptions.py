@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,8 @@ from leftfold.application.ports import Platform
 from leftfold.application.subscriber import Subscriber
 from leftfold.infrastructure.pages import Outcome, Pages, Unreadable, described
 from leftfold.infrastructure.resilience import RetryPolicy
+
+_log = logging.getLogger("leftfold.subscriptions")
 
 ATTEMPTS, FIRST_WAIT, JITTER = 5, 0.1, 0.1
 """To tell of an event, and seconds between them at first; then it is a dead letter."""
@@ -71,7 +74,9 @@ class Subscription:
                 end = at.position - 1
                 break
             error = await self._tell(event, stuck)
-            if error is not None:
+            if error is not None and self.reader.everywhere:
+                _log.error("%s was not told of %s: %s", self.reader.name, at.position, error)
+            elif error is not None:
                 key = self._key_of(event)
                 stuck.add(key)
                 now = self._platform.now()
@@ -81,6 +86,9 @@ class Subscription:
                 parked.append(letter)
         if end <= self.checkpoint.position:
             return Outcome(head=page.head)
+        if self.reader.everywhere:
+            self.checkpoint = self.checkpoint._replace(position=end)
+            return Outcome(len(page.logged), page.has_more, head=page.head)
         change = Change(self.reader, self.checkpoint, parked=parked)
         if not await in_thread(self._pages.views.write, [change], end):
             self._stuck = None
@@ -110,9 +118,9 @@ class Subscription:
         return released, kept
 
     def _stuck_keys(self) -> set[str]:
-        if self._stuck is None:
+        if self._stuck is None and not self.reader.everywhere:
             self._stuck = {letter.key for letter in self._pages.views.dead_letters(self.reader)}
-        return set(self._stuck)
+        return set(self._stuck or ())
 
     async def _tell(self, event: Any, stuck: set[str]) -> str | None:
         """Tell of an event; return why it could not be done, "" if others come first."""

@@ -223,6 +223,39 @@ class ViewTable(Generic[R]):
             f'json_populate_record(NULL::"{self.table.name}", e->2) AS r ' + self.on_conflict
         )
 
+    @cached_property
+    def differing(self) -> str:
+        """The condition that rows `a` and `b` of such a table are not the same."""
+        sign = "IS NOT" if self.dialect is SQLITE else "IS DISTINCT FROM"
+        names = (*self.projection.columns, "member")
+        return " OR ".join(f'a."{name}" {sign} b."{name}"' for name in names)
+
+    def comparison(self, other: ViewTable[Any]) -> str:
+        """The query for the numbers of rows: the same, changed, only here, only there."""
+        mine, theirs = f'"{self.table.name}"', f'"{other.table.name}"'
+        differing = self.differing
+        return (
+            f"SELECT count(b.key) - count(CASE WHEN b.key IS NOT NULL AND ({differing}) THEN 1 END)"
+            f", count(CASE WHEN b.key IS NOT NULL AND ({differing}) THEN 1 END)"
+            f", count(*) - count(b.key)"
+            f", (SELECT count(*) FROM {theirs} AS b WHERE NOT EXISTS "
+            f"(SELECT 1 FROM {mine} AS a WHERE a.key = b.key)) "
+            f"FROM {mine} AS a LEFT JOIN {theirs} AS b ON a.key = b.key"
+        )
+
+    def replacing(self, anew: ViewTable[Any]) -> tuple[str, str]:
+        """The statements that give this table the rows of another, and change no others."""
+        mine, theirs = f'"{self.table.name}"', f'"{anew.table.name}"'
+        names = ", ".join(f'"{c.name}"' for c in self.table.c)
+        given = ", ".join(f'a."{c.name}"' for c in self.table.c)
+        absent = f"NOT EXISTS (SELECT 1 FROM {theirs} AS a WHERE a.key = {mine}.key)"
+        put = (
+            f"INSERT INTO {mine} ({names}) SELECT {given} FROM {theirs} AS a "
+            f"LEFT JOIN {mine} AS b ON a.key = b.key "
+            f"WHERE b.key IS NULL OR {self.differing}{self.on_conflict}"
+        )
+        return f"DELETE FROM {mine} WHERE {absent}", put
+
     def encode(self, key: str, row: R) -> list[object]:
         """Return a row's values in the table's order. Raises `ValueOutOfRangeError`."""
         return [key, *self._shape.encode(key, row), self.projection.shows(row)]

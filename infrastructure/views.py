@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 from leftfold.application import EventMapper, InvalidModelError, Page, Projection, ValidationFailed
+from leftfold.application.bus import current_patience
 from leftfold.application.errors import ViewBuilding
 from leftfold.application.planning import Plan, plan
 from leftfold.application.ports import Access, Order, Seek, Store
@@ -131,9 +132,15 @@ class FollowedViews:
             raise ViewBuilding(projection.name, reader.position, reader.head)
         after = current_after.get()
         if after is not None:
-            behind = await self._follower.wait_for([reader], after.position, self._timeout)
-            if behind is not None:
+            patience = current_patience.get()
+            seconds = self._timeout
+            if patience is not None and patience.timeout is not None:
+                seconds = patience.timeout
+            behind = await self._follower.wait_for([reader], after.position, seconds)
+            if behind is not None and patience is None:
                 raise behind
+            if behind is not None and patience is not None:
+                patience.lag = max(patience.lag, behind.lag)
         read_at = current_read.get()
         if read_at is not None:
             read_at.note(reader.position)

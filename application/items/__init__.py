@@ -1,5 +1,7 @@
 """The reference model's application: commands, their service, views, queries, reorders."""
 
+from dataclasses import replace
+
 from leftfold.application.items.commands import (
     DiscontinueItem,
     InvoiceLine,
@@ -40,7 +42,7 @@ from leftfold.application.items.views import (
 )
 from leftfold.application.model import Model
 from leftfold.application.snapshots import SnapshotPolicy
-from leftfold.domain.items import Item
+from leftfold.domain.items import Item, Reorder
 
 __all__ = [
     "Count",
@@ -78,12 +80,16 @@ __all__ = [
     "item_stock",
     "low_stock",
     "reorder_watch",
+    "shop_model",
 ]
 
 item_model = Model(
-    aggregates=(Item,),
+    aggregates=(Item, Reorder),
     services=(Items,),
-    projections=(item_stock,),
+    projections=(item_stock, low_stock, best_sellers, daily_sales),
     queries=(ItemQueries,),
     snapshots={Item: SnapshotPolicy(every=500)},
 )
+
+shop_model = replace(item_model, processes=(ReorderProcess,))
+"""The same with reorders, which the process opens and closes by itself."""

@@ -12,7 +12,7 @@ from eventsourcing.persistence import StoredEvent
 from eventsourcing.popo import POPOProcessRecorder
 
 from leftfold.application import InvalidModelError, Projection
-from leftfold.application.checkpoints import Change, Checkpoint, DeadLetter, Reader
+from leftfold.application.checkpoints import Change, Checkpoint, Comparison, DeadLetter, Reader
 from leftfold.application.errors import NotUnique
 from leftfold.application.ports import (
     NOTHING,
@@ -33,6 +33,7 @@ from leftfold.application.ports import (
 from leftfold.domain import ALWAYS, LeftfoldError, Specification
 from leftfold.domain.personal import Keys
 from leftfold.domain.specification.values import plain
+from leftfold.infrastructure.errors import ViewChangedError
 from leftfold.infrastructure.platform import monotonic
 from leftfold.infrastructure.rows import RowShape
 from leftfold.infrastructure.stores.verdicts import is_written, refused
@@ -213,6 +214,7 @@ class MemoryViews:
         self._checkpoints: dict[tuple[str, int], Checkpoint] = {}
         self._letters: dict[tuple[str, int], dict[tuple[int, str], DeadLetter]] = {}
         self._shapes: dict[str, RowShape[Any]] = {}
+        self._read: dict[tuple[str, int], str] = {}
 
     def _shape(self, projection: Projection[R]) -> RowShape[R]:
         if projection.table not in self._shapes:
@@ -238,6 +240,49 @@ class MemoryViews:
         for reader_id, found in self._checkpoints.items():
             if found.owner == owner:
                 self._checkpoints[reader_id] = found._replace(owner="", is_held=False)
+
+    def define(self, reader: Reader) -> None:
+        with self._log.locked():
+            found = self._read.setdefault(_id(reader), reader.reads)
+            if found != reader.reads:
+                raise ViewChangedError(f"{reader.name}_v{reader.version}", found, reader.reads)
+            if _id(reader) not in self._checkpoints:
+                head = self._log.head()
+                begin = head if reader.begins_now else 0
+                self._checkpoints[_id(reader)] = Checkpoint(begin, is_built=begin == head)
+
+    def drop(self, reader: Reader) -> None:
+        with self._log.locked():
+            for kept in (self._checkpoints, self._letters, self._read):
+                kept.pop(_id(reader), None)
+            if isinstance(reader, Projection):
+                self._rows.pop(reader.table, None)
+
+    def versions(self, name: str) -> dict[int, bool]:
+        return {v: at.is_held for (n, v), at in self._checkpoints.items() if n == name}
+
+    def compare(self, projection: Projection[Any], other: Projection[Any]) -> Comparison | None:
+        with self._log.locked():
+            one, two = self.checkpoints([projection, other])
+            if one.position != two.position:
+                return None
+            mine, theirs = self._rows.get(projection.table, {}), self._rows.get(other.table, {})
+            shared = mine.keys() & theirs.keys()
+            same = sum(1 for key in shared if mine[key] == theirs[key])
+            removed = len(theirs) - len(shared)
+            return Comparison(same, len(shared) - same, len(mine) - len(shared), removed)
+
+    def take_over(self, projection: Projection[Any], anew: Projection[Any]) -> Comparison | None:
+        with self._log.locked():
+            compared = self.compare(anew, projection)
+            if compared is not None:
+                self._rows[projection.table] = self._rows.get(anew.table, {})
+                self._letters[_id(projection)] = self._letters.get(_id(anew), {})
+                at = self._checkpoints[_id(projection)]
+                fenced = at._replace(epoch=at.epoch + 1, is_built=True)
+                self._checkpoints[_id(projection)] = fenced
+                self.drop(anew)
+        return compared
 
     def dead_letters(self, reader: Reader) -> list[DeadLetter]:
         letters = self._letters.get(_id(reader), {})
@@ -371,6 +416,7 @@ class MemoryStore:
     ) -> None:
         """Check the row types: there are no tables to make. Raises `InvalidModelError`."""
         for reader in readers:
+            self.views.define(reader)
             if isinstance(reader, Projection):
                 RowShape(reader)
                 if reader.writes is not None:

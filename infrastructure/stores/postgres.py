@@ -26,7 +26,7 @@ from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import DictRow, TupleRow, dict_row, tuple_row
 
 from leftfold.application import Projection
-from leftfold.application.checkpoints import Change, Checkpoint, DeadLetter, Reader
+from leftfold.application.checkpoints import Change, Checkpoint, Comparison, DeadLetter, Reader
 from leftfold.application.ports import (
     NOTHING,
     Commit,
@@ -415,9 +415,16 @@ class PostgresViews(Tables):
     dialect = POSTGRES
 
     def __init__(
-        self, database: PostgresDatabase, log: PostgresLog, keys: Keys | None, *, may_define: bool
+        self,
+        name: str,
+        database: PostgresDatabase,
+        log: PostgresLog,
+        keys: Keys | None,
+        *,
+        may_define: bool,
     ) -> None:
         super().__init__(keys, may_define=may_define)
+        self._name = name
         self._database: PostgresDatabase | _Joined = database
         self._log = log
 
@@ -452,6 +459,81 @@ class PostgresViews(Tables):
                 (owner,),
             )
             cursor.execute(f"NOTIFY {VIEWS_CHANNEL}")
+
+    def define(self, reader: Reader) -> None:
+        table = self.table(reader) if isinstance(reader, Projection) else None
+        with self._database.writing() as cursor:
+            cursor.execute("SELECT pg_advisory_xact_lock(%s)", (DDL_LOCK,))
+            _set_up_reader(cursor, self._name, reader, table, create_tables=self._may_define)
+
+    def drop(self, reader: Reader) -> None:
+        with self._database.writing() as cursor:
+            cursor.execute("SELECT pg_advisory_xact_lock(%s)", (DDL_LOCK,))
+            self._drop(cursor, reader)
+
+    def _drop(self, cursor: Cursor, reader: Reader) -> None:
+        for table in ("leftfold_dead_letters", "leftfold_checkpoints"):
+            cursor.execute(
+                f"DELETE FROM {table} WHERE name = %s AND version = %s".encode(),
+                (reader.name, reader.version),
+            )
+        if isinstance(reader, Projection):
+            if reader.version > 0 and _is_shown(cursor, reader):
+                cursor.execute(f'DROP VIEW IF EXISTS "{reader.name}"'.encode())
+            cursor.execute(f'DROP TABLE IF EXISTS "{reader.table}"'.encode())
+
+    def versions(self, name: str) -> dict[int, bool]:
+        with self._database.reading() as cursor:
+            cursor.execute(
+                "SELECT version, coalesce(lease > clock_timestamp(), false) "
+                "FROM leftfold_checkpoints WHERE name = %s",
+                (name,),
+            )
+            return dict(cursor.fetchall())
+
+    def compare(self, projection: Projection[Any], other: Projection[Any]) -> Comparison | None:
+        with self._database.writing() as cursor:
+            cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+            return self._compare(cursor, projection, other)
+
+    def _compare(
+        self, cursor: Cursor, projection: Projection[Any], other: Projection[Any]
+    ) -> Comparison | None:
+        one, two = _checkpoints(cursor, [projection, other])
+        if one.position != two.position:
+            return None
+        cursor.execute(self.table(projection).comparison(self.table(other)).encode())
+        return Comparison(*(cursor.fetchone() or (0, 0, 0, 0)))
+
+    def take_over(self, projection: Projection[Any], anew: Projection[Any]) -> Comparison | None:
+        who = {"name": projection.name, "version": projection.version, "anew": anew.version}
+        with self._database.writing() as cursor:
+            cursor.execute(  # no page of either comes between
+                "SELECT FROM leftfold_checkpoints WHERE name = %(name)s "
+                "AND version IN (%(version)s, %(anew)s) ORDER BY version FOR UPDATE",
+                who,
+            )
+            compared = self._compare(cursor, anew, projection)
+            if compared is not None:
+                for statement in self.table(projection).replacing(self.table(anew)):
+                    cursor.execute(statement.encode())
+                cursor.execute(
+                    "DELETE FROM leftfold_dead_letters "
+                    "WHERE name = %(name)s AND version = %(version)s",
+                    who,
+                )
+                cursor.execute(
+                    "UPDATE leftfold_dead_letters SET version = %(version)s "
+                    "WHERE name = %(name)s AND version = %(anew)s",
+                    who,
+                )
+                cursor.execute(
+                    "UPDATE leftfold_checkpoints SET epoch = epoch + 1, built = true "
+                    "WHERE name = %(name)s AND version = %(version)s",
+                    who,
+                )
+                self._drop(cursor, anew)
+        return compared
 
     def dead_letters(self, reader: Reader) -> list[DeadLetter]:
         with self._database.reading() as cursor:
@@ -526,7 +608,7 @@ class PostgresViews(Tables):
             reader.writes(cursor.execute, change.events)
 
     def _show(self, cursor: Cursor, reader: Reader) -> None:
-        if self._may_define and isinstance(reader, Projection):
+        if self._may_define and isinstance(reader, Projection) and reader.version > 0:
             _show(cursor, self.table(reader))
 
     def select(
@@ -593,7 +675,7 @@ class PostgresStore:
             self.log = PostgresLog(database)
         except PersistenceError as error:  # it asks the database for its settings
             raise StoreUnavailableError(self.name, str(error)) from None
-        self.views = PostgresViews(database, self.log, keys, may_define=create_tables)
+        self.views = PostgresViews(self.name, database, self.log, keys, may_define=create_tables)
         self.log.views, self.log.inline = self.views, inline
 
     def _connect(self, *, autocommit: bool = False) -> psycopg.Connection[TupleRow]:
@@ -642,49 +724,7 @@ class PostgresStore:
             raise SchemaVersionError(self.name, version, SCHEMA_VERSION)
         for reader in readers:
             table = ViewTable(reader, POSTGRES) if isinstance(reader, Projection) else None
-            self._set_up_reader(cursor, reader, table, create_tables=create_tables)
-
-    def _set_up_reader(
-        self,
-        cursor: Cursor,
-        reader: Reader,
-        table: ViewTable[Any] | None,
-        *,
-        create_tables: bool,
-    ) -> None:
-        who, columns = (reader.name, reader.version), table.description if table else ""
-        found = cursor.execute(
-            "SELECT definition, reads, built FROM leftfold_checkpoints "
-            "WHERE name = %s AND version = %s",
-            who,
-        ).fetchone()
-        if found is None:
-            if not create_tables:
-                raise SchemaMissingError(self.name, f"{reader.name}_v{reader.version}")
-            end = cursor.execute("SELECT max(notification_id) FROM stored_events").fetchone()
-            head = (end[0] if end else 0) or 0
-            begin = head if reader.begins_now else 0
-            is_built = begin == head
-            if table is not None:
-                cursor.execute(table.definition.encode())
-            cursor.execute(
-                "INSERT INTO leftfold_checkpoints "
-                "(name, version, position, definition, reads, built) "
-                "VALUES (%s, %s, %s, %s, %s, %s)",
-                (*who, begin, columns, reader.reads, is_built),
-            )
-        else:
-            check_unchanged(reader, columns, (found[0], found[1]))
-            is_built = found[2]
-            if create_tables and not found[1]:
-                cursor.execute(
-                    "UPDATE leftfold_checkpoints SET reads = %s WHERE name = %s AND version = %s",
-                    (reader.reads, *who),
-                )
-        if create_tables and table is not None:
-            _make_indexes(cursor, table)
-            if is_built and not _shows(cursor, table.projection):
-                _show(cursor, table)
+            _set_up_reader(cursor, self.name, reader, table, create_tables=create_tables)
 
     def listen(self) -> int | None:
         """Begin to listen for commits; return a descriptor that becomes readable at each."""
@@ -763,6 +803,49 @@ def _parts(url: str) -> dict[str, Any]:
     return parts
 
 
+def _set_up_reader(
+    cursor: Cursor,
+    name: str,
+    reader: Reader,
+    table: ViewTable[Any] | None,
+    *,
+    create_tables: bool,
+) -> None:
+    who, columns = (reader.name, reader.version), table.description if table else ""
+    found = cursor.execute(
+        "SELECT definition, reads, built FROM leftfold_checkpoints "
+        "WHERE name = %s AND version = %s",
+        who,
+    ).fetchone()
+    if found is None:
+        if not create_tables:
+            raise SchemaMissingError(name, f"{reader.name}_v{reader.version}")
+        end = cursor.execute("SELECT max(notification_id) FROM stored_events").fetchone()
+        head = (end[0] if end else 0) or 0
+        begin = head if reader.begins_now else 0
+        is_built = begin == head
+        if table is not None:
+            cursor.execute(table.definition.encode())
+        cursor.execute(
+            "INSERT INTO leftfold_checkpoints "
+            "(name, version, position, definition, reads, built) "
+            "VALUES (%s, %s, %s, %s, %s, %s)",
+            (*who, begin, columns, reader.reads, is_built),
+        )
+    else:
+        check_unchanged(reader, columns, (found[0], found[1]))
+        is_built = found[2]
+        if create_tables and not found[1]:
+            cursor.execute(
+                "UPDATE leftfold_checkpoints SET reads = %s WHERE name = %s AND version = %s",
+                (reader.reads, *who),
+            )
+    if create_tables and table is not None:
+        _make_indexes(cursor, table)
+        if is_built and reader.version > 0 and not _shows(cursor, table.projection):
+            _show(cursor, table)
+
+
 def _named(readers: Sequence[Reader]) -> dict[str, object]:
     return {"names": [r.name for r in readers], "versions": [r.version for r in readers]}
 
@@ -837,8 +920,11 @@ def _shows(cursor: Cursor, projection: Projection[Any]) -> bool:
         "WHERE name = %s AND version > %s AND built)",
         (f'"{projection.name}"', projection.name, projection.version),
     ).fetchone()
-    if later == (True,):
-        return True
+    return later == (True,) or _is_shown(cursor, projection)
+
+
+def _is_shown(cursor: Cursor, projection: Projection[Any]) -> bool:
+    """Tell whether the view for people is on just this version's table."""
     cursor.execute(
         "SELECT EXISTS (SELECT FROM pg_depend JOIN pg_rewrite ON pg_rewrite.oid = objid "
         "WHERE ev_class = to_regclass(%s) AND refobjid = to_regclass(%s))",

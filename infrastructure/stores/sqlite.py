@@ -32,7 +32,7 @@ from eventsourcing.sqlite import (
 )
 
 from leftfold.application import Projection
-from leftfold.application.checkpoints import Change, Checkpoint, DeadLetter, Reader
+from leftfold.application.checkpoints import Change, Checkpoint, Comparison, DeadLetter, Reader
 from leftfold.application.ports import (
     NOTHING,
     Committed,
@@ -596,9 +596,10 @@ class SQLiteViews(Tables):
     dialect = SQLITE
 
     def __init__(
-        self, file: SQLiteFile, log: SQLiteLog, keys: Keys | None, *, may_define: bool
+        self, name: str, file: SQLiteFile, log: SQLiteLog, keys: Keys | None, *, may_define: bool
     ) -> None:
         super().__init__(keys, may_define=may_define)
+        self._name = name
         self._file: SQLiteFile | _Joined = file
         self._log = log
 
@@ -629,6 +630,75 @@ class SQLiteViews(Tables):
                 "UPDATE leftfold_checkpoints SET owner = NULL, lease = NULL WHERE owner = ?",
                 (owner,),
             )
+
+    def define(self, reader: Reader) -> None:
+        table = self.table(reader) if isinstance(reader, Projection) else None
+        with self._file.writing() as connection:
+            _set_up_reader(connection, self._name, reader, table, create_tables=self._may_define)
+
+    def drop(self, reader: Reader) -> None:
+        with self._file.writing() as connection:
+            self._drop(connection, reader)
+
+    def _drop(self, connection: sqlite3.Connection, reader: Reader) -> None:
+        for table in ("leftfold_dead_letters", "leftfold_checkpoints"):
+            connection.execute(
+                f"DELETE FROM {table} WHERE name = ? AND version = ?",
+                (reader.name, reader.version),
+            )
+        if isinstance(reader, Projection):
+            if reader.version > 0 and _is_shown(connection, self.table(reader)):
+                connection.execute(f'DROP VIEW IF EXISTS "{reader.name}"')
+            connection.execute(f'DROP TABLE IF EXISTS "{reader.table}"')
+
+    def versions(self, name: str) -> dict[int, bool]:
+        with self._file.reading() as cursor:
+            cursor.execute(
+                f"SELECT version, ifnull(lease > {NOW}, 0) FROM leftfold_checkpoints "
+                "WHERE name = ?",
+                (name,),
+            )
+            return {version: bool(is_held) for version, is_held in cursor}
+
+    def compare(self, projection: Projection[Any], other: Projection[Any]) -> Comparison | None:
+        with self._file.reading() as cursor:
+            cursor.execute("BEGIN")
+            try:
+                return self._compare(cursor, projection, other)
+            finally:
+                cursor.execute("ROLLBACK")
+
+    def _compare(
+        self, cursor: sqlite3.Cursor, projection: Projection[Any], other: Projection[Any]
+    ) -> Comparison | None:
+        one, two = _checkpoints(cursor, [projection, other])
+        if one.position != two.position:
+            return None
+        cursor.execute(self.table(projection).comparison(self.table(other)))
+        return Comparison(*cursor.fetchone())
+
+    def take_over(self, projection: Projection[Any], anew: Projection[Any]) -> Comparison | None:
+        with self._file.writing(durable=False) as connection:
+            compared = self._compare(connection.cursor(), anew, projection)
+            if compared is not None:
+                for statement in self.table(projection).replacing(self.table(anew)):
+                    connection.execute(statement)
+                name, version = projection.name, projection.version
+                connection.execute(
+                    "DELETE FROM leftfold_dead_letters WHERE name = ? AND version = ?",
+                    (name, version),
+                )
+                connection.execute(
+                    "UPDATE leftfold_dead_letters SET version = ? WHERE name = ? AND version = ?",
+                    (version, name, anew.version),
+                )
+                connection.execute(
+                    "UPDATE leftfold_checkpoints SET epoch = epoch + 1, built = 1 "
+                    "WHERE name = ? AND version = ?",
+                    (name, version),
+                )
+                self._drop(connection, anew)
+        return compared
 
     def dead_letters(self, reader: Reader) -> list[DeadLetter]:
         with self._file.reading() as cursor:
@@ -706,7 +776,7 @@ class SQLiteViews(Tables):
             reader.writes(connection.execute, change.events)
 
     def _show(self, connection: sqlite3.Connection, reader: Reader) -> None:
-        if self._may_define and isinstance(reader, Projection):
+        if self._may_define and isinstance(reader, Projection) and reader.version > 0:
             _show(connection, self.table(reader))
 
     def select(
@@ -766,7 +836,7 @@ class SQLiteStore:
             file = SQLiteFile(str(self._path), self._lock_timeout)
             self._file = file
             self.log = SQLiteLog(file)
-            self.views = SQLiteViews(file, self.log, keys, may_define=create_tables)
+            self.views = SQLiteViews(self.name, file, self.log, keys, may_define=create_tables)
             self.log.views, self.log.inline = self.views, inline
             with file.writing() as connection:
                 _set_up(connection, self.name, self.log, create_tables=create_tables)
@@ -891,21 +961,25 @@ def _set_up_reader(
     if create_tables and table is not None:
         for index in table.indexes.values():
             connection.execute(index)
-        if is_built and not _shows(connection, table):
+        if is_built and reader.version > 0 and not _shows(connection, table):
             _show(connection, table)
 
 
 def _shows(connection: sqlite3.Connection, table: ViewTable[Any]) -> bool:
     """Tell whether the view for people is on this version's table, or a later one's."""
-    query = "SELECT sql FROM sqlite_master WHERE type = 'view' AND name = ?"
-    found = connection.execute(query, (table.projection.name,)).fetchone()
-    if found is None:
-        return False
     later = connection.execute(
-        "SELECT 1 FROM leftfold_checkpoints WHERE name = ? AND version > ? AND built",
+        "SELECT 1 FROM leftfold_checkpoints AS c JOIN sqlite_master AS m ON m.name = c.name "
+        "WHERE c.name = ? AND version > ? AND built AND type = 'view'",
         (table.projection.name, table.projection.version),
     ).fetchone()
-    return later is not None or found[0] == table.member_view
+    return later is not None or _is_shown(connection, table)
+
+
+def _is_shown(connection: sqlite3.Connection, table: ViewTable[Any]) -> bool:
+    """Tell whether the view for people is on just this version's table."""
+    query = "SELECT sql FROM sqlite_master WHERE type = 'view' AND name = ?"
+    found = connection.execute(query, (table.projection.name,)).fetchone()
+    return found is not None and found[0] == table.member_view
 
 
 def _show(connection: sqlite3.Connection, table: ViewTable[Any]) -> None:

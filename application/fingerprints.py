@@ -1,0 +1,52 @@
+"""Fingerprints: what tells whether code has changed, the same in every process."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from hashlib import sha256
+from types import CodeType, FunctionType
+from typing import Any
+
+
+def sorted_text(types: Mapping[str, Any]) -> str:
+    """Return types by their names as text, in one order."""
+    return str(sorted((name, _text(each)) for name, each in types.items()))
+
+
+def code_of(function: Any) -> Iterator[str]:
+    """Yield what a function does, without where it is written."""
+    if not isinstance(function, FunctionType):
+        yield _text(function)
+        return
+    yield from _code(function.__code__)
+    yield _text((function.__defaults__, function.__kwdefaults__))
+    for cell in function.__closure__ or ():
+        yield _text(cell.cell_contents)
+
+
+def digest(parts: Iterable[str]) -> str:
+    """Return a fingerprint of texts in their order."""
+    digesting = sha256()
+    for part in parts:
+        digesting.update(part.encode() + b"\0")
+    return digesting.hexdigest()[:32]
+
+
+def _code(code: CodeType) -> Iterator[str]:
+    yield code.co_code.hex()
+    yield _text(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _code(constant)
+        else:
+            yield _text(constant)
+
+
+def _text(value: object) -> str:
+    """Return a value as text that is the same in every process: no addresses, no order of sets."""
+    if isinstance(value, (frozenset, set)):
+        return str(sorted(map(_text, value)))
+    if isinstance(value, tuple):
+        return str([_text(each) for each in value])
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

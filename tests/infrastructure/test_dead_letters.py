@@ -1,0 +1,256 @@
+"""Events that cannot be folded: put aside, looked at, tried again, given up."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from uuid import uuid4
+
+import pytest
+
+from leftfold.application import InvalidModelError, Projection, ViewStopped
+from leftfold.application.items import GetItem, item_model, item_stock
+from leftfold.application.ports import EncodedEvent, Group, Save
+from leftfold.domain.items import Item, ItemRegistered, StockReceived, StockSold
+from leftfold.infrastructure import Runtime, Settings, follower
+
+pytestmark = pytest.mark.anyio
+
+
+@dataclass(frozen=True, slots=True)
+class Sales:
+    sku: str
+    sold: int
+
+
+class Fault:
+    """What is wrong with a projection, until it is mended."""
+
+    def __init__(self, *quantities):
+        self.quantities = set(quantities)
+
+
+def sales(fault, **options):
+    """A view that cannot fold sales of some quantities."""
+    view = Projection("sales", version=1, row=Sales, **options)
+
+    @view.on(ItemRegistered)
+    def registered(row, event):
+        return Sales(event.sku, 0)
+
+    @view.on(StockSold)
+    def sold(row, event):
+        if event.quantity in fault.quantities:
+            raise ZeroDivisionError(event.invoice)
+        return replace(row, sold=row.sold + event.quantity)
+
+    return view
+
+
+@asynccontextmanager
+async def opened(url, view, **options):
+    model = replace(item_model, projections=(item_stock, view))
+    async with Runtime(model, settings=Settings(store=url, **options)) as shop:
+        yield shop
+
+
+async def rows(shop, view):
+    (await shop.catch_up()).unwrap()
+    return {row.sku: row.sold for _, row in shop._store.views.select(view, None, None)}
+
+
+async def sold(shop, sell, *quantities, sku="A"):
+    for quantity in quantities:
+        (await shop.commands.dispatch(sell(sku, quantity))).unwrap()
+
+
+def health(shop, name="sales"):
+    return next(p for p in shop.health().projections if p.name == name)
+
+
+async def test_what_cannot_be_folded_is_parked_with_what_follows_of_its_key(
+    store_url, register, sell
+):
+    view = sales(Fault(7))
+    async with opened(store_url, view) as shop:
+        await shop.commands.dispatch_all([register("A", 100), register("B", 100)])
+        await sold(shop, sell, 1, 7, 2, 7)
+        await sold(shop, sell, 3, 4, sku="B")
+        assert await rows(shop, view) == {"A": 1, "B": 7}
+        letters = await shop.dead_letters("sales")
+        assert [letter.version for letter in letters] == [3, 4, 5]
+        assert {letter.key for letter in letters} == {Item.id_of("A").hex}
+        assert "ZeroDivisionError in sold" in letters[0].error
+        assert [letter.error for letter in letters[1:]] == ["", ""]
+        assert (health(shop).state, health(shop).dead_letters) == ("live", 3)
+        assert shop.health().is_healthy
+        assert (await shop.queries.dispatch(GetItem(sku="A"))).unwrap().units_sold == 17
+
+
+async def test_the_error_of_a_dead_letter_quotes_nothing(store_url, register, sell):
+    view = sales(Fault(7))
+    async with opened(store_url, view) as shop:
+        await shop.commands.dispatch(register("A", 100))
+        await sold(shop, sell, 7)
+        await rows(shop, view)
+        (letter,) = await shop.dead_letters("sales")
+        assert "536365" not in letter.error
+
+
+async def test_what_was_parked_is_folded_in_order_once_it_can_be(store_url, register, sell):
+    fault = Fault(7)
+    view = sales(fault)
+    async with opened(store_url, view) as shop:
+        await shop.commands.dispatch_all([register("A", 100), register("B", 100)])
+        await sold(shop, sell, 1, 7, 2)
+        await sold(shop, sell, 7, sku="B")
+        assert await rows(shop, view) == {"A": 1, "B": 0}
+        tried = await shop.retry("sales")
+        assert (tried.released, tried.kept) == (0, 3)
+        fault.quantities.clear()
+        tried = await shop.retry("sales")
+        assert (tried.released, tried.kept) == (3, 0)
+        await sold(shop, sell, 4)
+        assert await rows(shop, view) == {"A": 14, "B": 7}
+        assert await shop.dead_letters("sales") == ()
+
+
+async def test_after_a_restart_a_key_is_still_parked(shared_url, register, sell):
+    view = sales(Fault(7))
+    async with opened(shared_url, view) as shop:
+        await shop.commands.dispatch(register("A", 100))
+        await sold(shop, sell, 7)
+        await rows(shop, view)
+    async with opened(shared_url, view) as shop:
+        await sold(shop, sell, 1)
+        assert await rows(shop, view) == {"A": 0}
+        assert len(await shop.dead_letters("sales")) == 2
+
+
+async def test_another_process_may_retry(shared_url, register, sell):
+    view, mended = sales(Fault(7)), sales(Fault())
+    watching = {"follow": False}
+    async with opened(shared_url, view) as shop, opened(shared_url, mended, **watching) as other:
+        await shop.commands.dispatch(register("A", 100))
+        await sold(shop, sell, 7, 1)
+        await rows(shop, view)
+        assert (await other.retry("sales")).released == 2
+        await sold(shop, sell, 2)
+        assert await rows(shop, view) == {"A": 10}
+
+
+async def test_one_that_is_given_up_lets_a_retry_go_on_with_the_next(store_url, register, sell):
+    view = sales(Fault(7))
+    async with opened(store_url, view) as shop:
+        await shop.commands.dispatch(register("A", 100))
+        await sold(shop, sell, 7, 1, 7, 2)
+        await rows(shop, view)
+        first, *_ = await shop.dead_letters("sales")
+        assert await shop.drop_dead_letters("sales", first.position) == 1
+        tried = await shop.retry("sales")
+        assert (tried.released, tried.kept) == (1, 2)
+        assert await shop.drop_dead_letters("sales") == 2
+        await sold(shop, sell, 3)
+        assert await rows(shop, view) == {"A": 4}
+
+
+async def test_names_that_the_model_does_not_have_are_refused(store_url):
+    async with opened(store_url, sales(Fault())) as shop:
+        for ask in (shop.dead_letters, shop.retry, shop.drop_dead_letters, shop.rebuild):
+            with pytest.raises(InvalidModelError, match="nothing_so_named"):
+                await ask("nothing_so_named")
+
+
+async def test_a_view_that_halts_goes_on_after_a_retry(store_url, register, sell):
+    fault = Fault(7)
+    view = sales(fault, on_poison="halt")
+    async with opened(store_url, view) as shop:
+        await shop.commands.dispatch(register("A", 100))
+        await sold(shop, sell, 1, 7)
+        assert isinstance((await shop.catch_up()).error, ViewStopped)
+        assert health(shop).state == "halted"
+        assert not shop.health().is_healthy
+        fault.quantities.clear()
+        await shop.retry("sales")
+        assert await rows(shop, view) == {"A": 8}
+        assert health(shop).state == "live"
+
+
+async def test_a_view_that_can_fold_nothing_stops_in_the_end(
+    store_url, register, sell, monkeypatch
+):
+    monkeypatch.setattr(follower, "MAX_DEAD_LETTERS", 3)
+    view = sales(Fault(7))
+    async with opened(store_url, view) as shop:
+        await shop.commands.dispatch_all([register(f"S{n}", 100) for n in range(9)])
+        await shop.commands.dispatch_all([sell(f"S{n}", 7) for n in range(9)])
+        assert isinstance((await shop.catch_up()).error, ViewStopped)
+        assert "put aside 3" in health(shop).failure
+        assert (await shop.wait_for(await last(shop, sell), ["item_stock"])).is_ok()
+
+
+async def last(shop, sell):
+    return (await shop.commands.dispatch(sell("S0", 1))).unwrap()
+
+
+async def unknown(shop, topic="of.another.release", aggregate_id=None, version=1):
+    """Write an event that no class of the model is for."""
+    stored = shop._store.log.read(0, 1)[0]
+    event = EncodedEvent(aggregate_id or uuid4(), version, topic, stored.state)
+    save = Save(uuid4(), "Other", [event], ((event.aggregate_id, version),), None)
+    shop._store.log.commit([Group([save])])
+
+
+async def test_an_event_of_an_unknown_type_is_parked_and_all_else_goes_on(
+    store_url, register, sell
+):
+    view = sales(Fault())
+    async with opened(store_url, view) as shop:
+        await shop.commands.dispatch_all([register("A", 100), register("B", 100)])
+        await unknown(shop, aggregate_id=Item.id_of("B"), version=2)
+        await sold(shop, sell, 1)
+        assert await rows(shop, view) == {"A": 1, "B": 0}
+        (letter,) = await shop.dead_letters("sales")
+        assert (letter.key, letter.topic) == (Item.id_of("B").hex, "of.another.release")
+
+
+async def test_views_that_are_to_halt_do_so_before_an_event_of_an_unknown_type(
+    store_url, register, sell
+):
+    view = sales(Fault(), on_poison="halt")
+    async with opened(store_url, view) as shop:
+        await shop.commands.dispatch(register("A", 100))
+        await unknown(shop)
+        await sold(shop, sell, 1)
+        assert isinstance((await shop.catch_up()).error, ViewStopped)
+        assert "of.another.release" in health(shop).failure
+
+
+async def test_one_event_may_be_parked_under_several_keys(store_url, register, sell):
+    fault = Fault(7)
+
+    def keys(event):
+        return ("all", event.originator_id.hex)
+
+    both = Projection("sales", version=1, row=Sales, keys=keys)
+
+    @both.on_each(StockSold)
+    def sold_(row, event, key):
+        if event.quantity in fault.quantities:
+            raise ValueError
+        return Sales(key, (row.sold if row else 0) + event.quantity)
+
+    @both.on(StockReceived)
+    def received(row, event):
+        return row
+
+    a, b = Item.id_of("A").hex, Item.id_of("B").hex
+    async with opened(store_url, both) as shop:
+        await shop.commands.dispatch_all([register("A", 100), register("B", 100)])
+        await sold(shop, sell, 1, 7)
+        await sold(shop, sell, 2, sku="B")  # the row of all is parked: it waits, whole
+        assert await rows(shop, both) == {"all": 1, a: 1}
+        assert {letter.key for letter in await shop.dead_letters("sales")} == {"all", a, b}
+        fault.quantities.clear()
+        assert (await shop.retry("sales")).released == 2
+        assert await rows(shop, both) == {"all": 10, a: 8, b: 2}

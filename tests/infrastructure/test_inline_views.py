@@ -1,0 +1,132 @@
+"""Inline views: written with the events, so that they can refuse them."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, replace
+
+import pytest
+
+from leftfold.application import InvalidModelError, NotUnique, Projection, Unstorable
+from leftfold.application.items import RenameItem, item_model, item_stock
+from leftfold.domain import Err
+from leftfold.domain.items import ItemRegistered, ItemRenamed, StockSold
+from leftfold.infrastructure import Runtime, Settings
+from leftfold.infrastructure.items import open_items
+
+pytestmark = pytest.mark.anyio
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    name: str
+    sold: int = 0
+
+
+def names(**options):
+    """A view in which no two items have the same name."""
+    view = Projection("names", version=1, row=Name, unique=["name"], inline=True, **options)
+    view.on(ItemRegistered)(lambda row, event: Name(event.name))
+    view.on(ItemRenamed)(lambda row, event: replace(row, name=event.name))
+
+    @view.on(StockSold)
+    def sold(row, event):
+        if event.quantity == 13:
+            raise ZeroDivisionError
+        return replace(row, sold=row.sold + event.quantity)
+
+    return view
+
+
+def opened(url, view, **options):
+    model = replace(item_model, projections=(item_stock, view))
+    return Runtime(model, settings=Settings(store=url, **options))
+
+
+def named(register, sku, name, stock=100):
+    return register(sku, stock).model_copy(update={"name": name})
+
+
+def shown(shop, view):
+    return sorted(row.name for _, row in shop._store.views.select(view, None, None))
+
+
+async def test_a_second_row_of_the_same_value_is_refused_with_nothing_written(store_url, register):
+    view = names()
+    async with opened(store_url, view) as shop:
+        (await shop.commands.dispatch(named(register, "A", "Cup"))).unwrap()
+        answer = await shop.commands.dispatch(named(register, "B", "Cup"))
+        assert answer == Err(NotUnique("names", ("name",)))
+        assert shop._store.log.head() == 1
+        (await shop.commands.dispatch(named(register, "B", "Jug"))).unwrap()
+        answer = await shop.commands.dispatch(RenameItem(sku="B", name="Cup"))
+        assert answer == Err(NotUnique("names", ("name",)))
+        (await shop.commands.dispatch(RenameItem(sku="B", name="Pot"))).unwrap()
+        (await shop.commands.dispatch(named(register, "C", "Jug"))).unwrap()
+        assert shown(shop, view) == ["Cup", "Jug", "Pot"]
+
+
+async def test_of_many_at_once_each_is_refused_alone(store_url, register):
+    view = names()
+    async with opened(store_url, view) as shop:
+        wanted = [named(register, f"S{n}", f"N{n % 5}") for n in range(20)]
+        answers = await asyncio.gather(*(shop.commands.dispatch(c) for c in wanted))
+        assert sum(answer.is_ok() for answer in answers) == 5
+        refused = {answer.error for answer in answers if not answer.is_ok()}
+        assert refused == {NotUnique("names", ("name",))}
+        assert shown(shop, view) == [f"N{n}" for n in range(5)]
+
+
+async def test_what_was_written_is_seen_at_once(store_url, register):
+    view = names()
+    async with opened(store_url, view) as shop:
+        receipt = (await shop.commands.dispatch(named(register, "A", "Cup"))).unwrap()
+        assert shown(shop, view) == ["Cup"]
+        (await shop.wait_for(receipt, ["names"])).unwrap()
+
+
+async def test_an_event_that_an_inline_view_cannot_fold_is_refused(store_url, register, sell):
+    view = names()
+    async with opened(store_url, view) as shop:
+        (await shop.commands.dispatch(named(register, "A", "Cup"))).unwrap()
+        answer = await shop.commands.dispatch(sell("A", 13))
+        assert isinstance(answer.error, Unstorable)
+        assert "ZeroDivisionError in sold" in answer.error.reason
+        (await shop.commands.dispatch(sell("A", 1))).unwrap()
+
+
+async def test_two_processes_race_for_one_value_and_one_gets_it(shared_url, register):
+    view = names()
+    async with opened(shared_url, view) as one, opened(shared_url, view) as two:
+        for n in range(10):
+            answers = await asyncio.gather(
+                one.commands.dispatch(named(register, f"A{n}", f"N{n}")),
+                two.commands.dispatch(named(register, f"B{n}", f"N{n}")),
+            )
+            assert sorted(answer.is_ok() for answer in answers) == [False, True]
+
+
+async def test_a_new_inline_view_begins_with_what_the_log_holds(shared_url, register):
+    async with open_items(shared_url) as shop:
+        for n in range(3):
+            (await shop.commands.dispatch(named(register, f"S{n}", f"N{n}"))).unwrap()
+    view = names()
+    async with opened(shared_url, view) as shop:
+        assert shown(shop, view) == ["N0", "N1", "N2"]
+        answer = await shop.commands.dispatch(named(register, "B", "N1"))
+        assert answer == Err(NotUnique("names", ("name",)))
+
+
+async def test_what_a_program_without_the_view_writes_is_made_good(shared_url, register):
+    view = names()
+    async with opened(shared_url, view) as shop, open_items(shared_url) as other:
+        (await other.commands.dispatch(named(register, "A", "Cup"))).unwrap()
+        answer = await shop.commands.dispatch(named(register, "B", "Cup"))
+        assert answer == Err(NotUnique("names", ("name",)))
+        (await shop.commands.dispatch(named(register, "B", "Jug"))).unwrap()
+        assert shown(shop, view) == ["Cup", "Jug"]
+
+
+def test_only_an_inline_view_has_unique_columns():
+    with pytest.raises(InvalidModelError, match="inline"):
+        Projection("names", version=1, row=Name, unique=["name"])

@@ -1,0 +1,99 @@
+"""Views that change delete from caches what was made of the changed rows, and no more."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from uuid import uuid4
+
+import pytest
+
+from leftfold.application import cached, invalidating
+from leftfold.application.items import GetItem, ItemRow, item_model, item_stock
+from leftfold.domain.items import Item
+from leftfold.infrastructure import InMemoryCache, RedisCache, Runtime, Settings
+
+pytestmark = pytest.mark.anyio
+
+
+def rows_of(cache, **options):
+    return invalidating(
+        "rows_of_items", item_stock, cache, tags=lambda key: [f"item:{key}"], **options
+    )
+
+
+def by_item(query):
+    return [f"item:{Item.id_of(query.sku).hex}"]
+
+
+def opened(url, cache, **options):
+    model = replace(item_model, subscribers=(rows_of(cache, **options),))
+    around = [cached(GetItem, cache, 60, key=lambda q: q.sku, tags=by_item)]
+    return Runtime(model, settings=Settings(store=url), middleware=around)
+
+
+async def until(condition):
+    for _ in range(1_000):
+        if await condition():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("it took too long")
+
+
+async def test_a_page_deletes_what_was_made_of_its_rows_and_no_more(store_url, register, sell):
+    cache = InMemoryCache(ItemRow, name="rows")
+    async with opened(store_url, cache) as shop:
+        for sku in ("A", "B"):
+            written = (await shop.commands.dispatch(register(sku, 9))).unwrap()
+        (await shop.catch_up()).unwrap()
+        for sku in ("A", "B"):
+            await shop.queries.dispatch(GetItem(sku=sku), after=written)
+        await shop.commands.dispatch(sell("A"))
+
+        async def is_gone():
+            return await cache.get("A") is None
+
+        await until(is_gone)
+        assert (await cache.get("B")).on_hand == 9
+        assert (await shop.queries.dispatch(GetItem(sku="A"))).unwrap().on_hand == 8
+
+
+async def test_each_process_sees_to_its_own_cache(shared_url, register, sell):
+    mine, theirs = InMemoryCache(ItemRow, name="mine"), InMemoryCache(ItemRow, name="theirs")
+    async with opened(shared_url, mine) as one, opened(shared_url, theirs) as two:
+        written = (await one.commands.dispatch(register("A", 9))).unwrap()
+        for shop in (one, two):
+            (await shop.catch_up()).unwrap()
+            assert (await shop.queries.dispatch(GetItem(sku="A"), after=written)).is_ok()
+        assert await theirs.get("A") is not None
+        await one.commands.dispatch(sell("A"))
+
+        async def are_gone():
+            return await mine.get("A") is None and await theirs.get("A") is None
+
+        await until(are_gone)
+
+
+async def test_a_cache_that_processes_share_is_seen_to_after_a_crash(
+    shared_url, valkey, register, sell
+):
+    cache = RedisCache(ItemRow, valkey.url, prefix=uuid4().hex)
+    try:
+        async with opened(shared_url, cache, everywhere=False) as shop:
+            written = (await shop.commands.dispatch(register("A", 9))).unwrap()
+            (await shop.catch_up()).unwrap()
+            assert (await shop.queries.dispatch(GetItem(sku="A"), after=written)).is_ok()
+        # The view gets on, and the process ends before the cache is told.
+        async with Runtime(item_model, shared_url) as shop:
+            await shop.commands.dispatch(sell("A"))
+            (await shop.catch_up()).unwrap()
+        assert (await cache.get("A")).on_hand == 9
+        async with opened(shared_url, cache, everywhere=False) as shop:
+
+            async def is_gone():
+                return await cache.get("A") is None
+
+            await until(is_gone)
+            assert (await shop.queries.dispatch(GetItem(sku="A"))).unwrap().on_hand == 8
+    finally:
+        await cache.close()
