@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import MAXYEAR, MINYEAR, UTC, date, datetime
 from decimal import Decimal
 from enum import Enum
+from functools import lru_cache
 from operator import attrgetter, methodcaller
 from typing import Any, Generic, TypeVar
 from uuid import UUID
@@ -24,6 +25,8 @@ R = TypeVar("R")
 
 MIN_INTEGER, MAX_INTEGER = -(2**63), 2**63 - 1
 TOO_LARGE = "more than 64 bits"
+AMOUNTS = 4_096
+"""Decimals of a column whose encoded values are remembered: prices are few."""
 MAX_KNOWN = 1_000
 """Combinations of types that a shape remembers; a row type with many `None`s has more."""
 
@@ -170,40 +173,44 @@ class RowShape(Generic[R]):
         self._by_name = {
             column.name: (column, _encoder(column, encoders)) for column in self.columns
         }
-        all_of_them = list(enumerate(self._by_name.values()))
-        self._integers = [(index, c) for index, (c, encode) in all_of_them if encode is whole]
-        self._encoders = [
-            (index, column, encode)
-            for index, (column, encode) in all_of_them
-            if encode not in (same, whole)
-        ]
+        self._encoders = [encode for _, encode in self._by_name.values()]
         self._values = _values_of(projection.columns)
-        self._known: set[tuple[type, ...]] = set()
+        self._known: dict[tuple[type, ...], Callable[..., list[Any]]] = {}
 
     def encode(self, key: str, row: R) -> list[Any]:
         """Return a row's encoded values, in order. Raises `ValueOutOfRangeError`."""
-        values: list[Any] = list(self._values(row))
+        values = self._values(row)
         types_found = tuple(map(type, values))
-        if types_found not in self._known:  # most rows are like one before
-            self._check_types(values)
-            if len(self._known) < MAX_KNOWN:
-                self._known.add(types_found)
-        for index, column in self._integers:  # as `whole` does: most columns are, a call is dear
-            value = values[index]
-            if value is not None and not MIN_INTEGER <= value <= MAX_INTEGER:
-                raise self._refusal(column.name, value, TOO_LARGE)
-        for index, column, encode in self._encoders:
-            value = values[index]
-            if value is not None:
-                try:
-                    values[index] = encode(value)
-                except (ValueError, OverflowError) as error:
-                    raise self._refusal(column.name, value, error) from None
+        encode = self._known.get(types_found)  # most rows are like one before
+        if encode is None:
+            return self._encode_the_first(key, values, types_found)
+        try:
+            return encode(key, *values)
+        except (ValueError, OverflowError, TypeError):  # the last from a NaN, as a cache's key
+            return self._encode_one_by_one(key, values)
+
+    def _encode_the_first(
+        self, key: str, values: Sequence[object], types_found: tuple[type, ...]
+    ) -> list[Any]:
+        """Encode a row of types that were not met before, and remember how."""
+        for column, value in zip(self.columns, values, strict=True):
+            self._check_type(column, value)
+        if len(self._known) < MAX_KNOWN:
+            self._known[types_found] = _compiled(types_found, self._encoders)
+        return self._encode_one_by_one(key, values)
+
+    def _encode_one_by_one(self, key: str, values: Sequence[Any]) -> list[Any]:
+        encoded: list[Any] = []
+        for (name, (_, encode)), value in zip(self._by_name.items(), values, strict=True):
+            try:
+                encoded.append(None if value is None else encode(value))
+            except (ValueError, OverflowError) as error:
+                raise self._refusal(name, value, error) from None
         try:
             storable(key)
         except ValueError as error:
             raise self._refusal("key", key, error) from None
-        return values
+        return encoded
 
     def encode_one(self, name: str, value: object) -> Any:
         """Return one column's value, encoded. Raises `ValueOutOfRangeError`."""
@@ -226,10 +233,6 @@ class RowShape(Generic[R]):
             reason = (("cursor", "is not a cursor of this order"),)
             raise ValidationFailed(self.projection.name, reason) from None
 
-    def _check_types(self, values: Sequence[object]) -> None:
-        for column, value in zip(self.columns, values, strict=True):
-            self._check_type(column, value)
-
     def _check_type(self, column: Column, value: object) -> None:
         wanted = column.python_type
         if value is None:
@@ -245,6 +248,42 @@ class RowShape(Generic[R]):
         said = reason.reason if isinstance(reason, UnicodeEncodeError) else str(reason)
         kind = f"a value of type {type(value).__name__}"
         return ValueOutOfRangeError(self.projection.name, name, kind, said)
+
+
+def _compiled(
+    types_found: Sequence[type], encoders: Sequence[Callable[[Any], Any]]
+) -> Callable[..., list[Any]]:
+    """Return what encodes rows of just these types; it raises `ValueError` for what is refused.
+
+    A call for each value would take most of the time of a page.
+    """
+    checks, encoded = ["'\\0' in key or not key.isascii()"], list[str]()
+    for index, (kind, encode) in enumerate(zip(types_found, encoders, strict=True)):
+        name = f"v{index}"
+        if kind is types.NoneType or encode is same:
+            encoded.append(name)
+        elif encode is whole:
+            checks.append(f"not {MIN_INTEGER} <= {name} <= {MAX_INTEGER}")
+            encoded.append(name)
+        elif encode is storable:
+            checks.append(f"not {name}.isascii() or '\\0' in {name}")
+            encoded.append(name)
+        else:
+            encoded.append(f"encode{index}({name})")
+    given = ", ".join(f"v{index}" for index in range(len(types_found)))
+    source = (
+        f"def encode(key, {given}):\n"
+        f"    if {' or '.join(checks)}:\n"
+        "        raise ValueError\n"
+        f"    return [{', '.join(encoded)}]\n"
+    )
+    made: dict[str, Any] = {
+        f"encode{index}": lru_cache(AMOUNTS)(encode) if kind is Decimal else encode
+        for index, (kind, encode) in enumerate(zip(types_found, encoders, strict=True))
+    }
+    exec(source, made)  # noqa: S102 - made of numbers and names that are counted here
+    compiled: Callable[..., list[Any]] = made["encode"]
+    return compiled
 
 
 def _encoder(column: Column, encoders: Mapping[type, Callable[[Any], Any]]) -> Callable[[Any], Any]:
