@@ -225,7 +225,7 @@ class Execution:
 
     def _compare(self, based_on: Mapping[UUID, int], ids: Sequence[UUID]) -> tuple[bool, Known]:
         is_fresh = True
-        if based_on and not self._log.is_local:
+        if based_on:
             versions = self._log.versions(list(based_on))
             is_fresh = all(versions.get(i, 0) == version for i, version in based_on.items())
         return is_fresh, self._log.commands(ids) if ids else {}

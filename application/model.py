@@ -37,8 +37,18 @@ class Model:
     processes: Sequence[type[Process]] = ()
     subscribers: Sequence[Subscriber] = ()
 
-    def __post_init__(self) -> None:  # noqa: C901 - one fault after the other
-        known = {event for aggregate in self.aggregates for event in aggregate.EVENTS}
+    def __post_init__(self) -> None:
+        self._check_aggregates()
+        for process in self.processes:
+            rows = getattr(process, "projection", None)
+            if rows is None:
+                raise InvalidModelError(f"{process.__name__} names no projection")
+            if rows.inline or rows in self.projections:
+                raise InvalidModelError(f"the rows of {process.__name__} are its own")
+        self._check_readers()
+        self.mapper_class()
+
+    def _check_aggregates(self) -> None:
         for service in (*self.services, *self.processes):
             for aggregate in service.aggregates:
                 if aggregate not in self.aggregates:
@@ -46,6 +56,9 @@ class Model:
         for aggregate in self.snapshots:
             if aggregate not in self.aggregates:
                 raise InvalidModelError(f"snapshots of {aggregate.__name__}, which is missing")
+
+    def _check_readers(self) -> None:
+        known = {event for aggregate in self.aggregates for event in aggregate.EVENTS}
         names: set[tuple[str, int]] = set()
         for reader in self.readers:
             unknown = [event.__name__ for event in reader.event_types if event not in known]
@@ -54,13 +67,9 @@ class Model:
             if (reader.name, reader.version) in names:
                 raise InvalidModelError(f"two are named {reader.name}_v{reader.version}")
             names.add((reader.name, reader.version))
-        for process in self.processes:
-            if process.projection.inline or process.projection in self.projections:
-                raise InvalidModelError(f"the rows of {process.__name__} are its own")
         for subscriber in self.subscribers:
             if not set(subscriber.needs) <= set(self.projections):
                 raise InvalidModelError(f"{subscriber.name} needs views that are missing")
-        self.mapper_class()
 
     @property
     def readers(self) -> tuple[Projection[Any] | Subscriber, ...]:

@@ -85,6 +85,10 @@ class LoggedEvent(NamedTuple):
     state: bytes
 
 
+REACTION = "process "
+"""What the names of commands begin with that are reactions of processes."""
+
+
 class Save(NamedTuple):
     """What one command wants written: its events and the answer to keep with its id."""
 
@@ -217,7 +221,7 @@ class Log(Events, Protocol):
     def purge(self, older_than: float, limit: int) -> int:
         """Delete what is kept of commands recorded more than so many seconds ago.
 
-        At most `limit` of them; return how many.
+        At most `limit` of them; return how many. Reactions of processes are kept for good.
         """
         ...
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from inspect import iscoroutinefunction
 from typing import Any, ClassVar, TypeVar
 from uuid import NAMESPACE_URL, UUID, uuid5
 
-from eventsourcing.application import ProcessingEvent
+from eventsourcing.application import NotificationLog, ProcessingEvent
 from eventsourcing.domain import DomainEventProtocol
-from eventsourcing.persistence import Mapper
+from eventsourcing.persistence import Mapper, Tracking
 from eventsourcing.system import ProcessApplication
 
-from leftfold.application.errors import InvalidModelError
+from leftfold.application.errors import InvalidModelError, UnsavedEventsError
 from leftfold.application.mapper import EventMapper
 from leftfold.application.projection import Projection
 from leftfold.application.receipt import Receipt
@@ -41,23 +43,22 @@ class Process(Service, ProcessApplication[UUID]):
 
     A runtime keeps the rows, the position in the log and the new events in one transaction, so
     that each event is reacted to exactly once, whatever crashes. A process that is new to a log
-    reacts to all that is in it. Of a new version, events that were reacted to are left out.
-    Under the library's own runners the rows are kept in the process's memory.
+    reacts to all that is in it; a new version of its projection, to all that no version of that
+    name has recorded something for. Under the library's own runners the rows are kept in the
+    process's memory, and folded anew when it begins to follow.
     """
 
     projection: ClassVar[Projection[Any]]
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        watched = getattr(cls, "projection", None)
-        if watched is not None:
-            cls.topics = watched.topics
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if not hasattr(self, "projection"):
             raise InvalidModelError(f"{type(self).__name__} names no projection")
+        if iscoroutinefunction(self.react):
+            raise InvalidModelError(f"{type(self).__name__} reacts in a thread, and cannot await")
         super().__init__(*args, **kwargs)
+        self.topics = self.projection.topics
         self._rows: dict[str, Any] = {}
+        self._folded: dict[str, Any] = {}
 
     def react(self, before: Any, after: Any, event: Event) -> None:
         """Record what follows from an event: load and save aggregates of `self.repository`.
@@ -72,18 +73,33 @@ class Process(Service, ProcessApplication[UUID]):
             transcoder=self.construct_transcoder(), mapper_class=mapper_class
         )
 
-    def policy(
+    def follow(self, name: str, log: NotificationLog) -> None:
+        """Follow an application under one of the library's runners.
+
+        What it was told of before is folded again, and not reacted to.
+        """
+        super().follow(name, log)
+        seen = self.recorder.max_tracking_id(name)
+        for notifications in self.pull_notifications(name, None, seen) if seen else ():
+            told = self.filter_received_notifications(notifications)
+            events: list[Any] = [event for event, _ in self.convert_notifications(name, told)]
+            self._rows |= self.projection.fold(events, self._load)
+
+    def policy(  # pyright: ignore[reportIncompatibleVariableOverride]  # the library dispatches it
         self, domain_event: DomainEventProtocol[UUID], processing_event: ProcessingEvent[UUID]
     ) -> None:
         """React to an event under one of the library's runners."""
         event: Any = domain_event  # our mapper gives our events
-        reactions = Reactions(self.name, self.repository.find_all)
+        reactions = Reactions(self.projection.name, self.repository.find_all)
+        react = partial(reactions.react, self)
         with reactions.made():
-            folded = self.projection.fold(
-                [event], self._load, lambda *seen: reactions.react(self, *seen)
-            )
-        self._rows.update(folded)
+            self._folded = self.projection.fold([event], self._load, react)
         processing_event.collect_events(*reactions.events)
+
+    def process_event(self, domain_event: DomainEventProtocol[UUID], tracking: Tracking) -> None:
+        """React to an event, and record what follows."""
+        super().process_event(domain_event, tracking)
+        self._rows |= self._folded  # only now: what was not recorded is told again
 
     def _load(self, keys: set[str]) -> dict[str, Any]:
         return {key: self._rows[key] for key in keys if self._rows.get(key) is not None}
@@ -99,6 +115,7 @@ class Reactions:
         self._name = name
         self._find = find
         self._found: dict[UUID, Aggregate | None] = {}
+        self._used: list[Aggregate | None] = []
         self._begun: dict[UUID, int] = {}
         self._command_id = reaction_id(name, UUID(int=0), 0)
         self.saved: dict[UUID, list[Event]] = {}
@@ -126,13 +143,19 @@ class Reactions:
             current_unit.reset(token)
 
     def react(self, process: Process, before: Any, after: Any, event: Event) -> None:
-        """Let a process react to an event, which is the cause of what it records."""
+        """Let a process react to an event, which is the cause of what it records.
+
+        Raises what the process does, and `UnsavedEventsError`.
+        """
         self._command_id = reaction_id(self._name, event.originator_id, event.originator_version)
         known = event.metadata
         cause = str(uuid5(event.originator_id, str(event.originator_version)))
         correlation = known.correlation_id or cause
         metadata.use(Metadata(correlation, cause, known.user))
+        self._used = []
         process.react(before, after, event)
+        if any(aggregate is not None and aggregate.unsaved for aggregate in self._used):
+            raise UnsavedEventsError(type(process).__name__)
 
     def find(self, aggregate_type: type[A], aggregate_ids: Sequence[UUID]) -> list[A | None]:
         """Return aggregates, as they are after the reactions up to now."""
@@ -147,6 +170,7 @@ class Reactions:
                 self._found[aggregate_id] = aggregate
                 self._begun[aggregate_id] = 0 if aggregate is None else aggregate.version
         found: list[Any] = [self._found[i] for i in aggregate_ids]
+        self._used += found
         return found
 
     def save(self, aggregates: Iterable[Aggregate]) -> Receipt:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
-from inspect import iscoroutinefunction
+from inspect import isawaitable, iscoroutinefunction
 from typing import Any, TypeVar
 
 from leftfold.application.errors import InvalidModelError
@@ -24,9 +24,11 @@ class Subscriber:
         async def sold(event: StockSold) -> None:
             await mail(...)
 
-    Each event comes at least once, those of one `key` in their order: after a crash some come
-    again, so an effect should be told by the event's id. One that fails is tried again, later and
-    later, and then kept as a dead letter, with those of its key that come after it. A new
+    Each event comes at least once, those of one `key` in their order. After a crash some come
+    again: they are told by their `originator_id` and `originator_version`. One whose effect fails
+    is tried again, later and later, and then kept as a dead letter, with those of its key that
+    come after it. It waits, with all behind it, if the effect raises what a `CircuitBreaker`
+    does, or what a command answers while the store is away or the runtime closes. A new
     subscriber begins at the log's end, unless `from_beginning`; where views are rebuilt nothing
     comes again. With `needs`, events are held back until those views have seen them. Of several
     processes one tells it, unless it is `everywhere`: then each tells its own, of what happens
@@ -43,9 +45,13 @@ class Subscriber:
         everywhere: bool = False,
         key: Callable[[Any], str] = aggregate_key,
     ) -> None:
-        """Name a subscriber. Raises `InvalidModelError` for a bad name."""
+        """Name a subscriber. Raises `InvalidModelError` for what does not fit together."""
         if not name.isidentifier() or not name.islower() or version < 1:
             raise InvalidModelError(f"subscriber {name!r} version {version}: bad name or version")
+        if everywhere and from_beginning:
+            raise InvalidModelError(
+                f"subscriber {name}: everywhere it begins with what happens now"
+            )
         self.name = name
         self.version = version
         self.needs = tuple(needs)
@@ -87,7 +93,6 @@ class Subscriber:
     async def tell(self, event: Event, in_thread: Callable[..., Awaitable[Any]]) -> None:
         """Do what is to be done about an event."""
         effect = self._effects[type(event)]
-        if iscoroutinefunction(effect):
-            await effect(event)
-        else:
-            await in_thread(effect, event)
+        begun = effect(event) if iscoroutinefunction(effect) else await in_thread(effect, event)
+        if isawaitable(begun):
+            await begun

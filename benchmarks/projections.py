@@ -2,7 +2,7 @@
 
 Both sides have a log of 20,000 events, of the same kinds in the same order, and a view with a row
 for each item: its name, stock, units sold and revenue. "One event a row" is 20,000 items that are
-registered. "Four events a row" is 5,000 items, each registered and then sold three times; 500
+registered. "Four events a row" is 5,000 items, each registered and then sold three times; 100
 items are written together, so that an item's events are near each other. A side's time is from
 opening its store, the view's tables not made yet, until the view has seen the last event. Then
 what it holds is compared with what was written.
@@ -57,7 +57,7 @@ from leftfold.infrastructure import Runtime, Settings
 from leftfold.infrastructure.simulation import write_shop
 
 EVENTS = 2_000 if QUICK else 20_000
-TOGETHER = 500  # items that are written together
+TOGETHER = 100  # items that are written together
 SALES = 3  # of each item that is sold: four events with its registration
 SECTION = 500  # notifications, as many as the library's subscriptions pull
 STOCK = 100

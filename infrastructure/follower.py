@@ -22,7 +22,9 @@ _log = logging.getLogger("leftfold.follower")
 IDLE = 1.0
 """Seconds after which the log is looked at without a hint: hints may be lost."""
 LEASE = 3.0
-"""Seconds that a reader is held; renewed at each look, of which there is one each `IDLE`."""
+"""Seconds that a reader is held; renewed at looks, of which there is one each `IDLE` at least."""
+RENEWED = 0.5
+"""Seconds for which that is not repeated: to renew is to write, and looks may be many."""
 SOON = 0.02
 """Seconds between looks at what another process folds while somebody waits for it."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 5.0
@@ -66,6 +68,7 @@ class Followed:
         self.not_before = 0.0
         self.behind_since: float | None = None
         self.rate = 0.0
+        self.looked_at = 0.0
         self.turns = 0
         self._waiting: list[tuple[int, asyncio.Future[None]]] = []
 
@@ -93,7 +96,9 @@ class Followed:
             return ReaderState.WAITING
         if not self.checkpoint.is_built:
             return ReaderState.BUILDING
-        return ReaderState.LIVE if self.is_mine or self.is_inline else ReaderState.WATCHED
+        if self.is_mine or self.is_inline:
+            return ReaderState.LIVE
+        return ReaderState.WATCHED if self.checkpoint.is_held else ReaderState.FREE
 
     def note(self, now: float) -> None:
         """Note since when it is behind, and answer who waited for what it has seen."""
@@ -102,6 +107,11 @@ class Followed:
         elif self.behind_since is None:
             self.behind_since = now
         self.answer()
+
+    def note_rate(self, events: int, seconds: float) -> None:
+        """Note how quickly it gets on."""
+        rate = events / max(seconds, 1e-6)
+        self.rate = rate if not self.rate else self.rate + SMOOTHING * (rate - self.rate)
 
     def answer(self, *, is_over: bool = False) -> None:
         """Answer those who wait: what they wait for is there, or will not come."""
@@ -187,6 +197,7 @@ class Follower:
         self._poll_interval = poll_interval
         self._paged = paged
         self._owner = platform.new_id().hex
+        self._renewed = platform.monotonic() - LEASE
         self._hint = asyncio.Event()
         self._look_hint = asyncio.Event()
         self._is_stopping = False
@@ -301,15 +312,18 @@ class Follower:
         found = self._views.checkpoints(readers)
         head = self._log.head()
         if holds:
+            now = self._platform.monotonic()
+            is_due = now - self._renewed > RENEWED
             wanted = [
                 reader.reader
                 for reader, at in zip(followed, found, strict=True)
                 if reader.failure is None
                 and not reader.is_inline
-                and (at.owner == self._owner or not at.is_held)
+                and (not at.is_held or (is_due and at.owner == self._owner))
             ]
             if wanted:
                 held = self._views.hold(wanted, self._owner, LEASE)
+                self._renewed = now if is_due else self._renewed
                 by_name = {(r.name, r.version): at for r, at in zip(wanted, held, strict=True)}
                 found = [
                     by_name.get((r.name, r.version), at)
@@ -330,6 +344,10 @@ class Follower:
             at = next(stored)
             if reader.is_busy or (turns is not None and reader.turns != turns[name]):
                 continue  # a page has come between
+            if at.position > reader.position:
+                reader.failure = None  # somebody else knew how to go on
+                reader.note_rate(at.position - reader.position, now - reader.looked_at)
+            reader.looked_at = now
             reader.work.adopt(at)
             reader.is_mine = self.folds and at.owner == self._owner and at.is_held
             reader.head = max(reader.head, at.position)
@@ -413,9 +431,6 @@ class Follower:
                 reader.turns += 1
                 reader.note(now)
             self._hint.set()
-            if any(isinstance(r.work, Subscription) for r in self.readers.values()):
-                for reader in self.readers.values():
-                    reader.is_due = reader.is_due or isinstance(reader.work, Subscription)
 
     async def _turn(self, group: Sequence[Followed], limit: int) -> Outcome:
         (first, *_) = group
@@ -431,8 +446,9 @@ class Follower:
         reader.is_due = reader.is_due or outcome.has_more
         if not outcome.events:
             return
-        rate = outcome.events / max(seconds, 1e-6)
-        reader.rate = rate if not reader.rate else reader.rate + SMOOTHING * (rate - reader.rate)
+        if isinstance(reader.work, Fold) and reader.work.process is not None:
+            self.wake()  # there may be events of its own
+        reader.note_rate(outcome.events, seconds)
         if outcome.has_more:
             allowed = limit * self._page_seconds / max(seconds, 1e-6)
             grown = min(allowed, limit * GROWTH, self._page_size)

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import traceback
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 from uuid import UUID
 
-from cachetools import LRUCache
 from eventsourcing.persistence import DataError, IntegrityError, PersistenceError
 
 from leftfold.application import EventMapper, Projection
 from leftfold.application.checkpoints import Change, Checkpoint, DeadLetter, Reader
 from leftfold.application.errors import UnknownTopicError, UnreadableEventError
 from leftfold.application.ports import (
+    REACTION,
     EncodedEvent,
     Events,
     Group,
@@ -33,11 +34,12 @@ from leftfold.application.process import Process, Reactions, reaction_id
 from leftfold.domain import Aggregate, DomainError, Event, LeftfoldError, clock, project
 from leftfold.infrastructure.access import may_pass
 from leftfold.infrastructure.errors import ProjectionFailedError, ViewBusyError
+from leftfold.infrastructure.rows import storable
 
 R = TypeVar("R")
 
 CACHED_ROWS = 20_000
-"""Rows kept between pages; they are as the last page left them, or are dropped."""
+"""Rows kept between pages, up to twice as many; they are as the last page left them."""
 CHUNK = 500
 """Events decoded at a time: few enough to stay in the processor's caches."""
 SPARSE, DENSE = 1 / 8, 1 / 4
@@ -71,7 +73,7 @@ class Fold(Generic[R]):
         self.checkpoint = Checkpoint(0, -1)
         self.is_sparse = False
         """Few of the log's events are of its types."""
-        self.rows: LRUCache[str, R] = LRUCache(CACHED_ROWS)
+        self.rows: dict[str, R | None] = {}
         self.parked: set[str] | None = None
         """Keys that have dead letters; None if it is not known."""
 
@@ -81,6 +83,14 @@ class Fold(Generic[R]):
             self.rows.clear()
             self.parked = None
         self.checkpoint = found
+
+    def remember(self, rows: Mapping[str, R | None]) -> None:
+        """Keep rows as they are stored now, and let the oldest go."""
+        kept = self.rows
+        kept.update(rows)
+        if len(kept) > 2 * CACHED_ROWS:
+            for key in list(islice(kept, len(kept) - CACHED_ROWS)):
+                del kept[key]
 
     @property
     def policy(self) -> str:
@@ -138,11 +148,7 @@ class Turn(Generic[R]):
             dead_letters=at.dead_letters + len(self.parked),
         )
         fold.parked = self._parked
-        for key, row in self.rows.items():
-            if row is None:
-                fold.rows.pop(key, None)
-            else:
-                fold.rows[key] = row
+        fold.remember(self.rows)
 
     def _load(self, keys: set[str]) -> dict[str, R | None]:
         cached, changed = self.fold.rows, self.rows
@@ -189,9 +195,7 @@ class Turn(Generic[R]):
         assert reactions is not None  # noqa: S101 - there is a process
         assert process is not None  # noqa: S101 - that it reacts with
         react = partial(reactions.react, process)
-        if self.fold.checkpoint.is_built:
-            return react
-        # It is built anew: what an older version has reacted to is not reacted to again.
+        # Another version, before this one or beside it, may have reacted to some.
         name = self.fold.reader.name
         ids = {
             reaction_id(name, e.originator_id, e.originator_version): e
@@ -284,9 +288,7 @@ class Pages:
         head = self._events.head()
         if min(head, head if until is None else until) <= after:
             return Outcome(head=max(after, head))
-        logged = self._read(folds, after, limit)
-        is_full = len(logged) == limit
-        end = logged[-1].position if is_full else max(head, *(e.position for e in logged[-1:]))
+        logged, end, is_full = self._read(folds, limit, head)
         if until is not None and until < end:
             logged = [event for event in logged if event.position <= until]
             end, is_full = until, True
@@ -303,16 +305,20 @@ class Pages:
                         raise
                     failed[turn.fold] = error
                     turns.remove(turn)
-        is_lost = bool(turns) and not self._write(turns, end, is_built=not is_full)
+        if failed and self._have_moved([fold for fold in folds if fold in failed]):
+            # Rows that others have changed meanwhile are no proof that it cannot be folded.
+            return Outcome(len(logged), is_full, is_lost=True, head=max(head, end))
+        is_lost = bool(turns) and not self._write(turns, end, is_built=end >= head)
         return Outcome(len(logged), is_full, is_lost, max(head, end), failed)
 
     def read_for(self, reader: Wanted, limit: int, until: int | None = None) -> Read:
         """Return the next events for one reader, at most so many, none beyond a position."""
         after = reader.checkpoint.position
         head = self._events.head()
-        logged = self._read([reader], after, limit) if head > after else []
-        has_more = len(logged) == limit
-        end = logged[-1].position if has_more else max(head, after)
+        logged: list[LoggedEvent] = []
+        end, has_more = after, False
+        if head > after:
+            logged, end, has_more = self._read([reader], limit, head)
         if until is not None and until < end:
             logged = [event for event in logged if event.position <= until]
             has_more, end = False, until
@@ -320,9 +326,8 @@ class Pages:
         return Read(logged, events, end, has_more, max(head, end))
 
     def park(self, fold: Fold[Any], error: str) -> bool:
-        """Put the next event aside; tell whether nobody was quicker."""
-        after = fold.checkpoint.position
-        (at,) = logged = self._read([fold], after, 1)
+        """Put the next event that it reads aside; tell whether nobody was quicker."""
+        (at,) = logged = self._look_up(fold.topics, fold.checkpoint.position, 1)
         (event,), _ = self._decode(logged)
         turn = Turn(fold, self)
         turn.park(at, self._keys_of(fold, event), error)
@@ -330,17 +335,29 @@ class Pages:
 
     def retry(self, fold: Fold[Any]) -> tuple[int, int]:
         """Fold what is parked, in order; return how many events were folded, and how many stay."""
-        stuck: set[str] = set()
-        released = kept = 0
-        for position, letters in _by_position(self.views.dead_letters(fold.reader)):
-            keys = {letter.key for letter in letters}
-            is_free = stuck.isdisjoint(keys)
-            if is_free and self._release(fold, position, letters):
-                released += 1
-            else:
-                stuck |= keys
+        reader, stuck = fold.reader, set[str]()
+        released = kept = last = attempts = 0
+        waiting: deque[tuple[int, list[DeadLetter]]] = deque()
+        seen: tuple[int, int] | None = None
+        while attempts < ATTEMPTS:
+            (at,) = self.views.checkpoints([reader])
+            if at[:2] != seen:  # others may have seen to some, or parked more
+                found = _by_position(self.views.dead_letters(reader))
+                waiting = deque(letters for letters in found if letters[0] > last)
+            while waiting and not stuck.isdisjoint(letter.key for letter in waiting[0][1]):
+                last, letters = waiting.popleft()
+                stuck.update(letter.key for letter in letters)
                 kept += 1
-        return released, kept
+            if not waiting:
+                return released, kept
+            still = self._release(fold, at, *waiting[0], stuck)
+            if still is None:
+                seen, attempts = None, attempts + 1
+                continue
+            (last, _), seen, attempts = waiting.popleft(), (at.position, at.epoch + 1), 0
+            stuck |= still
+            released, kept = released + (not still), kept + bool(still)
+        raise ViewBusyError(reader.table)
 
     def drop(self, reader: Movable, position: int | None = None) -> int:
         """Give up what is parked, or one event of it; return how many events."""
@@ -353,11 +370,20 @@ class Pages:
     def change(
         self, reader: Movable, released: Sequence[DeadLetter], parked: Sequence[DeadLetter]
     ) -> None:
-        """Change what is parked of a reader."""
-        self._change(
-            reader,
-            lambda at: (Change(reader.reader, at, parked=parked, released=released), None),
-        )
+        """Release some of what is parked of a reader, and keep others as they are told here.
+
+        What others have released meanwhile stays so. Pages that come between are begun again.
+        """
+        who = reader.reader
+        for _ in range(ATTEMPTS):
+            (at,) = self.views.checkpoints([who])
+            found = self.views.dead_letters(who) if parked else ()
+            there = {(letter.position, letter.key) for letter in found}
+            kept = [letter for letter in parked if (letter.position, letter.key) in there]
+            change = Change(who, at, parked=kept, released=released)
+            if self.views.write([change], at.position, is_fence=True):
+                return
+        raise ViewBusyError(f"{who.name}_v{who.version}")
 
     def read_at(self, position: int) -> tuple[LoggedEvent, Any]:
         """Return the event at a position."""
@@ -378,16 +404,20 @@ class Pages:
         streams = self.log.streams(aggregate_ids)
         return [project(None, self._mapper.decode_all(streams[i])) for i in aggregate_ids]
 
-    def _read(self, folds: Sequence[Wanted], after: int, limit: int) -> list[LoggedEvent]:
+    def _read(
+        self, folds: Sequence[Wanted], limit: int, head: int
+    ) -> tuple[list[LoggedEvent], int, bool]:
         """Read a page: the log as it lies, or by topics where few of its events are wanted.
 
-        Events of topics that the model does not know are read by all: they may be meant for them.
+        Returns how far it reaches, too, and whether it is full.
         """
+        after = folds[0].checkpoint.position
         topics = frozenset[str]().union(*(fold.topics for fold in folds))
         is_sparse = all(fold.is_sparse for fold in folds)
         if is_sparse:
-            wanted = topics | (self._events.topics() - self._known)
-            logged = self._events.read(after, limit, sorted(wanted))
+            found = self._look_up(topics, after, limit)
+            # Topics that came up beyond the head were not looked for.
+            logged = [event for event in found if event.position <= head]
             span = logged[-1].position - after if logged else 0
             is_sparse = len(logged) < DENSE * span or not logged
         else:
@@ -396,7 +426,22 @@ class Pages:
             is_sparse = matching < SPARSE * len(logged)
         for fold in folds:
             fold.is_sparse = is_sparse
-        return logged
+        is_full = len(logged) == limit
+        last = logged[-1].position if logged else head
+        return logged, last if is_full else max(head, last), is_full
+
+    def _look_up(self, topics: frozenset[str], after: int, limit: int) -> list[LoggedEvent]:
+        """Read the next events of some topics, and of those that the model does not know.
+
+        Such an event may be meant for any reader.
+        """
+        wanted = topics | (self._events.topics() - self._known)
+        return self._events.read(after, limit, sorted(wanted)) if wanted else []
+
+    def _have_moved(self, folds: Sequence[Fold[Any]]) -> bool:
+        """Tell whether others have come between: what was read of rows may be of several pages."""
+        found = self.views.checkpoints([fold.reader for fold in folds])
+        return any(at[:2] != f.checkpoint[:2] for at, f in zip(found, folds, strict=True))
 
     def _decode(self, logged: Sequence[LoggedEvent]) -> tuple[list[Any], bool]:
         """Decode events; tell whether all of them could be."""
@@ -441,51 +486,46 @@ class Pages:
             for event, e in zip(events, stored, strict=True)
         ]
         versions = {event.aggregate_id: event.version for event in encoded}
-        return Save(command_id, f"process {name}", encoded, tuple(versions.items()), None)
+        return Save(command_id, f"{REACTION}{name}", encoded, tuple(versions.items()), None)
 
     def _keys_of(self, fold: Fold[Any], event: Any) -> Iterable[str]:
         own = (event.originator_id.hex,)
         if isinstance(event, Unreadable):
             return own
         try:
-            return fold.reader.keys_of(event) or own
+            return [storable(key) for key in fold.reader.keys_of(event)] or own
         except Exception:  # noqa: BLE001 - it may be what is wrong with the event
             return own
 
-    def _release(self, fold: Fold[Any], position: int, letters: Sequence[DeadLetter]) -> bool:
-        """Fold what was parked at one position; tell whether it could be."""
+    def _release(
+        self,
+        fold: Fold[Any],
+        at: Checkpoint,
+        position: int,
+        letters: Sequence[DeadLetter],
+        stuck: set[str],
+    ) -> set[str] | None:
+        """Fold what was parked at one position; return the keys under which it still is.
 
-        def fold_again(at: Checkpoint) -> tuple[Change, Group | None]:
+        It waits on if it turns out to be of keys that are stuck. None if others came between.
+        """
+        try:
             logged, event = self.read_at(position)
             if isinstance(event, Unreadable):
-                raise event.error
-            fold.adopt(at)
-            fold.rows.clear()
-            fold.parked = set()  # what waits here is what is looked at
-            turn = Turn(fold, self)
+                raise event.error  # noqa: TRY301 - as if the projection had
+            again = Fold(fold.reader, fold.process)
+            again.checkpoint, again.parked = at, stuck
+            turn = Turn(again, self)
             turn.take([logged], [event], is_whole=True)
-            return replace(turn.change(), released=letters), self._group([turn])
-
-        try:
-            self._change(fold, fold_again)
+            change, group = replace(turn.change(), released=letters), self._group([turn])
+            is_done = self.views.write([change], at.position, group=group, is_fence=True)
         except Exception as error:
             if may_pass(error) or not is_poison(error):
                 raise
             why = described(error)
-            self.change(fold, (), [replace(letter, error=why) for letter in letters])
-            return False
-        return True
-
-    def _change(
-        self, reader: Movable, make: Callable[[Checkpoint], tuple[Change, Group | None]]
-    ) -> None:
-        """Change a reader between two pages, whoever writes those: they are begun again."""
-        for _ in range(ATTEMPTS):
-            (at,) = self.views.checkpoints([reader.reader])
-            change, group = make(at)
-            if self.views.write([change], at.position, group=group, is_fence=True):
-                return
-        raise ViewBusyError(f"{reader.reader.name}_v{reader.reader.version}")
+            change = Change(fold.reader, at, parked=[replace(each, error=why) for each in letters])
+            is_done = self.views.write([change], at.position, is_fence=True)
+        return {letter.key for letter in change.parked} if is_done else None
 
 
 class InlineViews:
@@ -512,12 +552,14 @@ class InlineViews:
         for projection in self.projections:
             fold = Fold(projection)
             fold.adopt(views.checkpoints([projection])[0])
-            while (outcome := pages.fold([fold], INLINE)).has_more:
-                pass
-            if outcome.failed:
-                raise failure_of(projection.table, outcome.failed[fold])
-            if outcome.is_lost:
-                raise ViewBusyError(projection.table)
+            has_more = True
+            while has_more:
+                outcome = pages.fold([fold], INLINE)
+                if outcome.failed:
+                    raise failure_of(projection.table, outcome.failed[fold])
+                if outcome.is_lost:
+                    raise ViewBusyError(projection.table)
+                has_more = outcome.has_more
 
 
 def _by_position(letters: Iterable[DeadLetter]) -> Iterator[tuple[int, list[DeadLetter]]]:

@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from leftfold.application import (
+    EventStoreUnavailable,
+    KeysUnavailable,
+    Overloaded,
+    ShuttingDown,
+)
 from leftfold.application.checkpoints import Change, Checkpoint, DeadLetter
-from leftfold.application.ports import Platform
+from leftfold.application.ports import LoggedEvent, Platform
 from leftfold.application.subscriber import Subscriber
 from leftfold.infrastructure.pages import Outcome, Pages, Unreadable, described
-from leftfold.infrastructure.resilience import RetryPolicy
+from leftfold.infrastructure.resilience import CircuitOpenError, RetryPolicy
+from leftfold.infrastructure.rows import storable
 
 _log = logging.getLogger("leftfold.subscriptions")
 
 ATTEMPTS, FIRST_WAIT, JITTER = 5, 0.1, 0.1
 """To tell of an event, and seconds between them at first; then it is a dead letter."""
-AT_ONCE = 100
-"""Events told of between two moves of the checkpoint: so many may come again after a crash."""
+AT_ONCE, WITHIN = 100, 1.0
+"""Events told of between two moves of the checkpoint, and seconds after which no other is begun:
+so many may come again after a crash."""
+NOT_NOW = (CircuitOpenError, EventStoreUnavailable, KeysUnavailable, Overloaded, ShuttingDown)
+"""What effects raise though nothing is wrong with the event: later it may go well."""
 
 
 class Subscription:
     """One subscriber as this program tells it: how far it is, which keys are stuck."""
 
-    def __init__(
-        self,
-        subscriber: Subscriber,
-        pages: Pages,
-        platform: Platform,
-        retry: RetryPolicy | None = None,
-    ) -> None:
+    def __init__(self, subscriber: Subscriber, pages: Pages, platform: Platform) -> None:
         """Read pages for a subscriber."""
         self.reader = subscriber
         self.topics = frozenset(subscriber.topics)
@@ -41,11 +48,11 @@ class Subscription:
         self._platform = platform
         self._stuck: set[str] | None = None
         self._is_stopping = False
-        self._retry = retry or RetryPolicy(
+        self._retry = RetryPolicy(
             ATTEMPTS,
             FIRST_WAIT,
             JITTER,
-            retry_on=Exception,
+            retry_on=lambda outcome: isinstance(outcome, Exception) and not self._is_stopping,
             clock=platform.monotonic,
             random=platform.random,
             sleep=platform.sleep,
@@ -58,64 +65,97 @@ class Subscription:
         self.checkpoint = found
 
     def stop(self) -> None:
-        """Tell of no more events than the one under way."""
+        """Tell of no more events than the one under way, and that not again if it fails."""
         self._is_stopping = True
 
     async def turn(self, limit: int) -> Outcome:
-        """Tell of the next events, and move the checkpoint."""
-        in_thread = self._platform.in_thread
-        at_once = min(limit, AT_ONCE)
-        page = await in_thread(self._pages.read_for, self, at_once, self.until)
-        parked: list[DeadLetter] = []
+        """Tell of the next events, and move the checkpoint.
+
+        Raises what is `NOT_NOW` if the first of them has to wait.
+        """
+        in_thread, monotonic = self._platform.in_thread, self._platform.monotonic
+        page = await in_thread(self._pages.read_for, self, min(limit, AT_ONCE), self.until)
         stuck = await in_thread(self._stuck_keys)
-        end = page.end
+        parked: list[DeadLetter] = []
+        told, latest = 0, monotonic() + WITHIN
         for at, event in zip(page.logged, page.events, strict=True):
-            if self._is_stopping:
-                end = at.position - 1
+            if self._is_stopping or monotonic() > latest:
                 break
-            error = await self._tell(event, stuck)
-            if error is not None and self.reader.everywhere:
+            try:
+                error = await self._tell(event, stuck)
+            except NOT_NOW:
+                if told:
+                    break
+                raise
+            if error and self._is_stopping:
+                break  # it was not tried often enough
+            told += 1
+            if error is None:
+                continue
+            if self.reader.everywhere:
                 _log.error("%s was not told of %s: %s", self.reader.name, at.position, error)
-            elif error is not None:
-                key = self._key_of(event)
-                stuck.add(key)
-                now = self._platform.now()
-                letter = DeadLetter(
-                    at.position, key, at.aggregate_id, at.version, at.topic, error, now
-                )
-                parked.append(letter)
-        if end <= self.checkpoint.position:
-            return Outcome(head=page.head)
-        if self.reader.everywhere:
-            self.checkpoint = self.checkpoint._replace(position=end)
-            return Outcome(len(page.logged), page.has_more, head=page.head)
-        change = Change(self.reader, self.checkpoint, parked=parked)
-        if not await in_thread(self._pages.views.write, [change], end):
-            self._stuck = None
-            return Outcome(len(page.logged), is_lost=True, head=page.head)
-        letters = self.checkpoint.dead_letters + len(parked)
-        self.checkpoint = self.checkpoint._replace(position=end, dead_letters=letters)
-        self._stuck = stuck
-        return Outcome(len(page.logged), page.has_more, head=page.head)
+            else:
+                parked.append(self._dead_letter(at, event, error))
+                stuck.add(parked[-1].key)
+        is_whole = told == len(page.logged)
+        end = page.end if is_whole else page.logged[told].position - 1
+        if end > self.checkpoint.position and not await self._move(end, parked, stuck, page.head):
+            return Outcome(told, is_lost=True, head=page.head)
+        return Outcome(told, has_more=end < page.head, head=page.head)
 
     async def retry(self) -> tuple[int, int]:
         """Tell again of what is parked, in order; return how many went well, and how many stay."""
-        in_thread, views = self._platform.in_thread, self._pages.views
+        in_thread, pages = self._platform.in_thread, self._pages
         stuck: set[str] = set()
-        released = kept = 0
-        for letter in await in_thread(views.dead_letters, self.reader):
-            _, event = await in_thread(self._pages.read_at, letter.position)
-            error = await self._tell(event, stuck)
-            if error is None:
-                released += 1
-                await in_thread(self._pages.change, self, (letter,), ())
-            else:
+        released = kept = tried = 0
+        # Meanwhile others may have been parked behind those that are free now.
+        while letters := [letter for letter in await self._parked() if letter.position > tried]:
+            for letter in letters:
+                tried = letter.position
+                _, event = await in_thread(pages.read_at, letter.position)
+                try:
+                    error = await self._tell(event, stuck)
+                except NOT_NOW as rejection:
+                    error = described(rejection)
+                if error is None:
+                    released += 1
+                    await in_thread(pages.change, self, (letter,), ())
+                    continue
                 kept += 1
                 stuck.add(letter.key)
                 if error:
                     again = replace(letter, error=error)
-                    await in_thread(self._pages.change, self, (), (again,))
+                    await in_thread(pages.change, self, (), (again,))
         return released, kept
+
+    async def _move(
+        self, end: int, parked: Sequence[DeadLetter], stuck: set[str], head: int
+    ) -> bool:
+        """Move the checkpoint; tell whether nobody else has."""
+        in_thread, views = self._platform.in_thread, self._pages.views
+        begun = at = self.checkpoint
+        is_built = end >= head
+        if not self.reader.everywhere:
+            write = partial(views.write, is_built=is_built)
+            while not await in_thread(write, [Change(self.reader, at, parked=parked)], end):
+                # To lose it is to tell all again: not if only dead letters were changed. What was
+                # parked behind them may be free now.
+                (found,) = await in_thread(views.checkpoints, [self.reader])
+                is_ours = (found.position, found.owner) == (begun.position, begun.owner)
+                if not is_ours or not all(letter.error for letter in parked):
+                    self._stuck = None
+                    return False
+                at = found
+        self._stuck = stuck if at is begun else None
+        self.checkpoint = at._replace(
+            position=end,
+            is_built=at.is_built or is_built,
+            dead_letters=at.dead_letters + len(parked),
+        )
+        return True
+
+    async def _parked(self) -> Sequence[DeadLetter]:
+        return await self._platform.in_thread(self._pages.views.dead_letters, self.reader)
 
     def _stuck_keys(self) -> set[str]:
         if self._stuck is None and not self.reader.everywhere:
@@ -123,18 +163,31 @@ class Subscription:
         return set(self._stuck or ())
 
     async def _tell(self, event: Any, stuck: set[str]) -> str | None:
-        """Tell of an event; return why it could not be done, "" if others come first."""
+        """Tell of an event; return why it could not be done, "" if others come first.
+
+        Raises what is `NOT_NOW`.
+        """
         if isinstance(event, Unreadable):
             return str(event.error) if event.concerns(self.topics) else None
         if not self.reader.is_of(event):
             return None
-        if stuck and self._key_of(event) in stuck:
-            return ""
         try:
+            if self._key_of(event) in stuck:
+                return ""
             await self._retry.call(self.reader.tell, event, self._platform.in_own_thread)
+        except NOT_NOW:
+            raise
         except Exception as error:  # noqa: BLE001 - whatever effects raise
             return described(error)
         return None
 
+    def _dead_letter(self, at: LoggedEvent, event: Any, error: str) -> DeadLetter:
+        key = at.aggregate_id.hex
+        if not isinstance(event, Unreadable):
+            with suppress(Exception):  # it may be what is wrong with the event
+                key = self._key_of(event)
+        now = self._platform.now()
+        return DeadLetter(at.position, key, at.aggregate_id, at.version, at.topic, error, now)
+
     def _key_of(self, event: Any) -> str:
-        return event.originator_id.hex if isinstance(event, Unreadable) else self.reader.key(event)
+        return storable(self.reader.key(event))

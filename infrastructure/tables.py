@@ -247,14 +247,14 @@ class ViewTable(Generic[R]):
         """The statements that give this table the rows of another, and change no others."""
         mine, theirs = f'"{self.table.name}"', f'"{anew.table.name}"'
         names = ", ".join(f'"{c.name}"' for c in self.table.c)
-        given = ", ".join(f'a."{c.name}"' for c in self.table.c)
-        absent = f"NOT EXISTS (SELECT 1 FROM {theirs} AS a WHERE a.key = {mine}.key)"
-        put = (
-            f"INSERT INTO {mine} ({names}) SELECT {given} FROM {theirs} AS a "
-            f"LEFT JOIN {mine} AS b ON a.key = b.key "
-            f"WHERE b.key IS NULL OR {self.differing}{self.on_conflict}"
+        # All that differ go before any comes: two may have changed places in a unique column.
+        same = f"SELECT 1 FROM {theirs} AS a WHERE a.key = b.key AND NOT ({self.differing})"
+        there = f"SELECT 1 FROM {mine} AS b WHERE b.key = a.key"
+        put = f"INSERT INTO {mine} ({names}) SELECT {names} FROM {theirs} AS a"
+        return (
+            f"DELETE FROM {mine} AS b WHERE NOT EXISTS ({same})",
+            f"{put} WHERE NOT EXISTS ({there})",
         )
-        return f"DELETE FROM {mine} WHERE {absent}", put
 
     def encode(self, key: str, row: R) -> list[object]:
         """Return a row's values in the table's order. Raises `ValueOutOfRangeError`."""

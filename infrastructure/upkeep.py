@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
-from leftfold.application import InvalidModelError, Projection
+from eventsourcing.persistence import PersistenceError
+
+from leftfold.application import EventStoreUnavailable, InvalidModelError, Projection
 from leftfold.application.checkpoints import Checkpoint, Comparison, DeadLetter
 from leftfold.application.ports import Access, Platform
-from leftfold.infrastructure.errors import ViewBusyError, ViewChangedError, ViewInUseError
-from leftfold.infrastructure.follower import LEASE, SOON, Followed, Follower
-from leftfold.infrastructure.pages import Fold, Pages, failure_of
+from leftfold.infrastructure.access import may_pass
+from leftfold.infrastructure.errors import (
+    TooManyDeadLettersError,
+    ViewBusyError,
+    ViewChangedError,
+    ViewInUseError,
+)
+from leftfold.infrastructure.follower import (
+    LEASE,
+    MAX_DEAD_LETTERS,
+    RENEWED,
+    SOON,
+    Followed,
+    Follower,
+)
+from leftfold.infrastructure.pages import Fold, Outcome, Pages, described, failure_of, is_poison
 from leftfold.infrastructure.subscriptions import Subscription
+
+T = TypeVar("T")
 
 REBUILD = 5_000
 """Events a page of a rebuild."""
@@ -22,6 +40,8 @@ RENEWAL = 1.0
 TRIES = 1_000
 """To find a view and the one beside it equally far."""
 PAIR = 2
+
+_log = logging.getLogger("leftfold.upkeep")
 
 
 def untold(_position: int, _head: int) -> None:
@@ -76,7 +96,7 @@ class Upkeep:
                 well, ill = await work.retry()
             else:
                 fold = Fold(work.reader, work.process)
-                well, ill = await self._platform.in_thread(self._pages.retry, fold)
+                well, ill = await self._in_thread(self._pages.retry, fold)
             released, kept = released + well, kept + ill
             reader.failure = None
         self._follower.follow_again()
@@ -86,73 +106,30 @@ class Upkeep:
         """Give up the dead letters of readers of a name, or one; return how many events."""
         dropped = 0
         for reader in self._named(name):
-            dropped += await self._platform.in_thread(self._pages.drop, reader, position)
+            dropped += await self._in_thread(self._pages.drop, reader, position)
         self._follower.look()
         return dropped
 
     async def rebuild(self, name: str, told: Told = untold) -> Comparison:
         """Build a view anew beside itself, and give it the rows that came out differently.
 
-        It is shown and kept up to date all the while. One that was interrupted goes on where it
-        was, if the code is the same. Returns how many rows were the same, changed, added, removed.
+        It is shown and kept up to date all the while, and goes on if it had stopped; what its own
+        statements wrote is left as it is. One that was interrupted goes on where it was, if the
+        code is the same. Of several versions it is the newest. Returns how many rows were the
+        same, changed, added, removed.
         """
-        (reader,) = self._named(name)
-        projection = reader.reader
-        if not isinstance(projection, Projection) or not projection.version > 0:
-            raise InvalidModelError(f"{name} is no projection, and cannot be built anew")
-        if isinstance(reader.work, Fold) and reader.work.process is not None:
-            raise InvalidModelError(f"{name} is a process's, and cannot be built anew")
-        in_thread, views, anew = self._platform.in_thread, self._pages.views, projection.anew()
-        owner = self._platform.new_id().hex
+        reader = max(self._named(name), key=lambda reader: reader.reader.version)
+        work = reader.work
+        if isinstance(work, Subscription) or work.process is not None:
+            raise InvalidModelError(f"{name} is no projection of its own, and cannot be built anew")
+        rebuild = _Rebuild(work.reader, self._pages, self._platform, self._in_thread, told)
         try:
-            await self._read(views.define, anew)
-        except ViewChangedError:  # by other code, which was interrupted
-            await self._read(views.drop, anew)
-            await self._read(views.define, anew)
-        fold, limit = Fold(anew), REBUILD
-        for _ in range(TRIES):
-            held, live = await in_thread(self._hold, anew, projection, owner)
-            if held.owner != owner:
-                raise ViewBusyError(anew.table)
-            fold.adopt(held)
-            if held.position == live.position:
-                compared = await in_thread(views.take_over, projection, anew)
-                if compared is not None:
-                    self._follower.look()
-                    return compared
-            limit = await self._rebuild(fold, owner, limit, live.position, told)
-        raise ViewBusyError(projection.table)
-
-    async def _rebuild(
-        self, fold: Fold[Any], owner: str, limit: int, until: int, told: Told
-    ) -> int:
-        """Fold up to a position; return how many events a page may have."""
-        in_thread = self._platform.in_thread
-        while fold.checkpoint.position < until:
-            began = self._platform.monotonic()
-            outcome = await in_thread(self._pages.fold, [fold], limit, until)
-            if fold in outcome.failed:
-                error = outcome.failed[fold]
-                if limit == 1:
-                    raise failure_of(fold.reader.table, error)
-                limit = max(1, limit // 2)  # so that it is found which event it is
-                continue
-            if outcome.is_lost:
-                break
-            told(fold.checkpoint.position, outcome.head)
-            seconds = self._platform.monotonic() - began
-            limit = REBUILD if seconds < RENEWAL else max(1, limit // 2)
-            await in_thread(self._pages.views.hold, [fold.reader], owner, LEASE)
-        if fold.checkpoint.position >= until:
-            await self._platform.sleep(SOON)  # the view itself gets on, too
-        return limit
-
-    def _hold(
-        self, anew: Projection[Any], projection: Projection[Any], owner: str
-    ) -> tuple[Checkpoint, Checkpoint]:
-        (held,) = self._pages.views.hold([anew], owner, LEASE)
-        (live,) = self._pages.views.checkpoints([projection])
-        return held, live
+            compared = await rebuild.run()
+        finally:
+            await rebuild.release()
+        reader.failure = None
+        self._follower.follow_again()
+        return compared
 
     async def compare(self, name: str) -> Comparison | None:
         """Compare the newest version of a view with the one before it in this model.
@@ -171,24 +148,164 @@ class Upkeep:
         return None
 
     async def versions(self, name: str) -> dict[int, bool]:
-        """Return the versions that are stored of a view, and whether a process keeps each."""
-        return await self._read(self._pages.views.versions, name)
+        """Return the versions that are stored of a view, and whether a process keeps each.
+
+        One of which a rebuild is under way is kept, too.
+        """
+        found = await self._read(self._pages.views.versions, name)
+        return {v: is_held or found.get(-v, False) for v, is_held in found.items() if v > 0}
 
     async def drop_version(self, name: str, version: int) -> None:
         """Delete an old version of a view, which nobody keeps up to date any more.
 
-        Raises `ViewInUseError` for one that a process holds, or that is this model's.
+        Raises `ViewInUseError` for one that a process holds, or that is this model's, and
+        `InvalidModelError` for one that is not stored.
         """
         versions = await self.versions(name)
         is_ours = f"{name}_v{version}" in self._follower.readers
         if is_ours or versions.get(version, False):
             raise ViewInUseError(f"{name}_v{version}")
-        if version in versions:
-            old = Projection(name, version=version, row=_NoRow)
-            await self._read(self._pages.views.drop, old)
+        if version not in versions:
+            raise InvalidModelError(f"there is no projection {name} version {version}")
+        old = Projection(name, version=version, row=_NoRow)
+        await self._read(self._pages.views.drop, old.anew())  # a rebuild was interrupted
+        await self._read(self._pages.views.drop, old)
 
     def _named(self, name: str) -> Sequence[Followed]:
         return named(self._follower.readers, (name,))
+
+    async def _in_thread(self, function: Callable[..., T], *args: Any) -> T:
+        """Call what may not simply be called again. Raises `EventStoreUnavailable`."""
+        try:
+            return await self._platform.in_thread(function, *args)
+        except PersistenceError as error:
+            if not may_pass(error):
+                raise
+            raise EventStoreUnavailable(str(error)) from error
+
+
+class _Rebuild:
+    """One view as it is built anew beside itself."""
+
+    def __init__(
+        self,
+        projection: Projection[Any],
+        pages: Pages,
+        platform: Platform,
+        in_thread: Callable[..., Awaitable[Any]],
+        told: Told,
+    ) -> None:
+        self._projection = projection
+        self._pages = pages
+        self._views = pages.views
+        self._platform = platform
+        self._in_thread = in_thread
+        self._told = told
+        self._anew = _beside(projection)
+        self._fold = Fold(self._anew)
+        self._owner = platform.new_id().hex
+        self._held_at = 0.0
+        self._limit = REBUILD
+
+    async def run(self) -> Comparison:
+        """Fold until both are equally far, and take over."""
+        await self._begin()
+        for _ in range(TRIES):
+            live = await self._in_thread(self._look)
+            await self._get_to(live.position)
+            if self._fold.checkpoint.position == live.position:
+                compared: Comparison | None = await self._in_thread(
+                    self._views.take_over, self._projection, self._anew
+                )
+                if compared is not None:
+                    return compared
+            elif self._fold.checkpoint.position > live.position:
+                await self._platform.sleep(SOON)  # the view itself gets on, too
+        raise ViewBusyError(self._projection.table)
+
+    async def release(self) -> None:
+        """Let others go on with it."""
+        try:
+            await self._platform.in_thread(self._views.release, self._owner)
+        except Exception as error:  # noqa: BLE001 - the lease runs out by itself
+            _log.warning("a lease is not given back: %s", described(error))
+
+    async def _begin(self) -> None:
+        """Make what is built anew, if it is not there, and hold it.
+
+        Waits for a lease to run out: whoever had it may be gone.
+        """
+        latest = self._platform.monotonic() + 2 * LEASE
+        while not await self._in_thread(self._take):
+            if self._platform.monotonic() > latest:
+                raise ViewBusyError(self._anew.table)
+            await self._platform.sleep(SOON)
+
+    def _take(self) -> bool:
+        views, anew = self._views, self._anew
+        try:
+            views.define(anew)
+        except ViewChangedError:  # by other code, which was interrupted
+            if views.versions(anew.name).get(anew.version, False):
+                return False
+            views.drop(anew)
+            views.define(anew)
+        return self._hold()
+
+    def _hold(self) -> bool:
+        (held,) = self._views.hold([self._anew], self._owner, LEASE)
+        self._held_at = self._platform.monotonic()
+        return held.owner == self._owner
+
+    def _look(self) -> Checkpoint:
+        """Learn how far this is, and return how far the view itself is."""
+        held, live = self._views.checkpoints([self._anew, self._projection])
+        if held.owner != self._owner:
+            raise ViewBusyError(self._anew.table)
+        # Not built, whatever was reached: what cannot be folded halts it.
+        self._fold.adopt(held._replace(is_built=False))
+        return live
+
+    async def _get_to(self, position: int) -> None:
+        fold = self._fold
+        while fold.checkpoint.position < position:
+            began = self._platform.monotonic()
+            if began - self._held_at > RENEWED:
+                await self._in_thread(self._hold)
+            outcome: Outcome = await self._in_thread(
+                self._pages.fold, [fold], self._limit, position
+            )
+            if outcome.is_lost:
+                return
+            if fold not in outcome.failed:
+                self._told(fold.checkpoint.position, outcome.head)
+                is_slow = self._platform.monotonic() - began > RENEWAL
+                self._limit = max(1, self._limit // 2) if is_slow else REBUILD
+            elif self._limit > 1:
+                self._limit //= 2  # so that it is found which event it is
+            else:
+                await self._put_aside(outcome.failed[fold])
+
+    async def _put_aside(self, error: Exception) -> None:
+        """Park the next event, where that is wanted. Raises the failure."""
+        fold, name = self._fold, self._anew.table
+        if fold.policy == "halt" or not is_poison(error):
+            raise failure_of(name, error)
+        if fold.checkpoint.dead_letters >= MAX_DEAD_LETTERS:
+            raise TooManyDeadLettersError(name, MAX_DEAD_LETTERS)
+        await self._in_thread(self._pages.park, fold, described(error))
+
+
+def _beside(projection: Projection[Any]) -> Projection[Any]:
+    """Return what is built of a view beside it: only rows, until they are the view's own.
+
+    The view's own statements have run for these events, and not all rows are there that make
+    those of a unique column different.
+    """
+    anew = projection.anew()
+    anew.indexes = anew.unique = ()
+    anew.writes = None
+    return anew
 
 
 def named(readers: Mapping[str, Followed], names: Sequence[str]) -> list[Followed]:

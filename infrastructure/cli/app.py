@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -17,12 +16,19 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from leftfold.application import ValidationFailed
-from leftfold.application.items import (
-    FindItems,
-    ItemRow,
-    item_model,
-)
+from leftfold.application.items import FindItems, ItemRow, shop_model
 from leftfold.domain import InvalidSpecification, LeftfoldError, Result, Specification
+from leftfold.infrastructure.cli import projections
+from leftfold.infrastructure.cli.common import (
+    FAILURE,
+    INTERRUPTED,
+    WRONG_USE,
+    AsJson,
+    Store,
+    complete,
+    kept_in,
+    open_shop,
+)
 from leftfold.infrastructure.cli.output import (
     ReaderGoneError,
     complain,
@@ -46,20 +52,6 @@ from leftfold.infrastructure.stores.memory import MemoryStore
 
 T = TypeVar("T")
 
-WRONG_USE = 2
-FAILURE = 1
-INTERRUPTED = 130
-
-Store = Annotated[
-    str,
-    typer.Option(
-        "--store",
-        envvar="LEFTFOLD_STORE",
-        help="sqlite:///path or postgresql://…",
-        show_default=False,
-        show_envvar=True,
-    ),
-]
 Keys = Annotated[
     str,
     typer.Option(
@@ -70,7 +62,6 @@ Keys = Annotated[
         show_envvar=True,
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Sku = Annotated[str, typer.Argument(help="The item's SKU, as it is written.")]
 Order = Annotated[str, typer.Option(help="A column's name; with - before it, descending.")]
 
@@ -81,6 +72,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(projections.app)
 
 
 @app.command()
@@ -105,7 +97,7 @@ def demo(
                 best = await shop.queries.dispatch(FindItems(order="-revenue", limit=5))
                 return summary, best.unwrap().rows
 
-        summary, best = _run(run())
+        summary, best = complete(run())
     if as_json:
         show_json(_summary(summary))
         return
@@ -133,7 +125,7 @@ def import_(
             with _following(settings.store), progress() as tell:
                 return await import_sales(shop, file, tell)
 
-    summary = _run(run())
+    summary = complete(run())
     if as_json:
         show_json(_summary(summary))
         return
@@ -162,13 +154,13 @@ def items(
     """List items."""
 
     async def run() -> Any:
-        async with _open(store) as shop:
+        async with open_shop(store) as shop:
             (await shop.catch_up()).unwrap()
             wanted = _specification(where)
             query = FindItems(where=wanted, order=order, limit=limit, cursor=cursor or None)
             return _unwrap(await shop.queries.dispatch(query))
 
-    page = _run(run())
+    page = complete(run())
     if as_json:
         show_json({"rows": [asdict(row) for row in page.rows], "next": page.next})
         return
@@ -182,12 +174,12 @@ def show(sku: Sku, store: Store, as_json: AsJson = False) -> None:
     """Show one item."""
 
     async def run() -> ItemRow:
-        async with _open(store) as shop:
+        async with open_shop(store) as shop:
             (await shop.catch_up()).unwrap()
             row: ItemRow = _unwrap(await shop.queries.dispatch(_query(shop, "GetItem", sku)))
             return row
 
-    row = _run(run())
+    row = complete(run())
     if as_json:
         show_json(asdict(row))
     else:
@@ -201,10 +193,10 @@ def events(sku: Sku, store: Store, as_json: AsJson = False) -> None:
     """Show all that happened to one item."""
 
     async def run() -> Any:
-        async with _open(store) as shop:
+        async with open_shop(store) as shop:
             return _unwrap(await shop.queries.dispatch(_query(shop, "ItemHistory", sku)))
 
-    history = _run(run())
+    history = complete(run())
     if as_json:
         show_json([event.model_dump() for event in history])
         return
@@ -220,19 +212,27 @@ def events(sku: Sku, store: Store, as_json: AsJson = False) -> None:
 @app.command()
 def follow(
     store: Store,
+    reorders: Annotated[
+        bool, typer.Option("--reorders", help="Open and close reorders, too.")
+    ] = False,
     while_input: Annotated[bool, typer.Option("--while-input", hidden=True)] = False,
 ) -> None:
     """Keep the views up to date, until it is interrupted."""
+    if reorders:
+        kept_in(store)  # the process may be new to the store, which itself has to be there
+        runtime = open_shop(store, shop_model, create_tables=None)
+    else:
+        runtime = open_shop(store)
 
     async def run() -> None:
-        async with _open(store) as shop:
+        async with runtime as shop:
             shop.follow()
             if while_input:
                 await asyncio.to_thread(sys.stdin.read)
             else:
                 await asyncio.Event().wait()
 
-    _run(run())
+    complete(run())
 
 
 @app.command()
@@ -245,10 +245,10 @@ def forget(
     """Erase all personal data about somebody, for good."""
 
     async def run() -> tuple[bool, float]:
-        async with _open(store, keys=keys or None, follow=False) as shop:
+        async with open_shop(store, keys=keys or None, follow=False) as shop:
             return await shop.forget(subject), shop.settings.forget_within
 
-    found, seconds = _run(run())
+    found, seconds = complete(run())
     if as_json:
         show_json({"forgotten": found})
     elif found:
@@ -262,10 +262,10 @@ def purge(store: Store, as_json: AsJson = False) -> None:
     """Delete receipts that are old enough (LEFTFOLD_RECEIPTS_KEPT, in seconds)."""
 
     async def run() -> int:
-        async with _open(store, follow=False) as shop:
+        async with open_shop(store, follow=False) as shop:
             return await shop.purge_receipts()
 
-    purged = _run(run())
+    purged = complete(run())
     if as_json:
         show_json({"purged": purged})
     else:
@@ -278,7 +278,7 @@ def migrate(store: Store, keys: Keys = "") -> None:
     settings = load_settings(store=store, keys=keys or None)
     opened, keyring = make_store(settings), Keyring(make_keys(settings), settings.forget_within)
     with closing(opened), closing(keyring):
-        opened.open(item_model.projections, create_tables=True)
+        opened.open(shop_model.readers, create_tables=True)
         keyring.open(create_tables=True)
         keyring.provide(())  # it makes the file
     say(f"{opened.name} is ready")
@@ -312,19 +312,6 @@ def run() -> int:
     if code == INTERRUPTED:  # typer makes an exit of Ctrl-C
         complain("interrupted; what was committed stays")
     return code if isinstance(code, int) else 0
-
-
-def _open(store: str, **settings: object) -> Runtime:
-    """Open a store that is there: one that is not is a mistake, and not made."""
-    return open_items(settings=load_settings(store=store, create_tables=False, **settings))
-
-
-def _run(work: Coroutine[Any, Any, T]) -> T:
-    # This process is all leftfold's: events come and go by the hundred thousand, in no cycles.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(100_000, 50, 100)
-    return asyncio.run(work)
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 from pydantic_core import to_json
-from rich.console import Console
+from rich.console import Console, JustifyMethod
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -34,11 +35,15 @@ class ReaderGoneError(Exception):
 
 
 class _Rate(ProgressColumn):
-    """Rows a second."""
+    """So many a second."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.0f} rows/s" if speed else "")
+        return Text(f"{speed:,.0f} {self._unit}/s" if speed else "")
 
 
 def mend_output() -> None:
@@ -60,11 +65,13 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[objec
         for row in (columns, *rows):
             _write("\t".join(_plain(value) for value in row) + "\n")
         return
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(_harmless(title)), title_justify="left")
     samples = rows[0] if rows else [""] * len(columns)
-    for column, sample in zip(columns, samples, strict=True):
-        is_number = isinstance(sample, int | Decimal) and not isinstance(sample, bool)
-        table.add_column(column, justify="right" if is_number else "left")
+    for index, (column, sample) in enumerate(zip(columns, samples, strict=True)):
+        is_number = isinstance(sample, int | float | Decimal) and not isinstance(sample, bool)
+        justify: JustifyMethod = "right" if is_number else "left"
+        header = column.replace("_", " ")
+        table.add_column(header, justify=justify, overflow="fold", no_wrap=not index)
     for row in rows:
         table.add_row(*(Text(_nice(value)) for value in row))
     Console().print(table)
@@ -76,7 +83,7 @@ def show_facts(title: str, facts: Sequence[tuple[str, object]]) -> None:
         for name, value in facts:
             _write(f"{name}\t{_plain(value)}\n")
         return
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = Table(title=escape(_harmless(title)), title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
     for name, value in facts:
@@ -95,7 +102,7 @@ def complain(line: str) -> None:
 
 
 @contextmanager
-def progress() -> Iterator[Told]:
+def progress(unit: str = "rows") -> Iterator[Told]:
     """Show a bar with rate and time left on a terminal, and nothing in a pipe."""
     if not sys.stderr.isatty():
         yield lambda *_: None
@@ -104,7 +111,7 @@ def progress() -> Iterator[Told]:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        _Rate(),
+        _Rate(unit),
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
@@ -112,13 +119,15 @@ def progress() -> Iterator[Told]:
     with bar:
         task = bar.add_task("reading", total=None)
         doing = "reading"
+        (shown,) = bar.tasks
 
         def tell(what: str, done: int, total: int) -> None:
             nonlocal doing
             if what != doing:
                 doing = what
                 bar.reset(task, total=total or None, description=what)
-            bar.update(task, completed=done, total=total or None)
+            shown.total = total or None  # not by `update`, which would forget the rate
+            bar.update(task, completed=done)
 
         yield tell
 
@@ -131,8 +140,15 @@ def _write(text: str) -> None:
 
 
 def _plain(value: object) -> str:
-    text = value.isoformat() if isinstance(value, datetime) else "" if value is None else str(value)
-    return _harmless(text)
+    match value:
+        case None:
+            return ""
+        case datetime():
+            return value.isoformat()
+        case float():
+            return str(round(value, 3))
+        case _:
+            return _harmless(str(value))
 
 
 def _harmless(text: str) -> str:
@@ -150,6 +166,8 @@ def _nice(value: object) -> str:
             return "yes" if value else "no"
         case int() | Decimal():
             return f"{value:,}"
+        case float():
+            return f"{value:,.1f}"
         case datetime():
             return f"{value:%Y-%m-%d %H:%M}"
         case _:

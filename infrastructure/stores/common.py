@@ -12,11 +12,9 @@ import sqlalchemy as sa
 from eventsourcing.persistence import Notification, StoredEvent
 
 from leftfold.application import Projection
-from leftfold.application.checkpoints import Reader
 from leftfold.application.errors import NotUnique
 from leftfold.application.ports import EncodedEvent, Failed, Group, LoggedEvent, Stale, Verdict
 from leftfold.domain.personal import Keys
-from leftfold.infrastructure.errors import ViewChangedError
 from leftfold.infrastructure.tables import ViewTable, unique_index
 
 R = TypeVar("R")
@@ -137,9 +135,11 @@ class Tables:
         self._tables: dict[str, ViewTable[Any]] = {}
 
     def table(self, projection: Projection[R]) -> ViewTable[R]:
-        if projection.table not in self._tables:
-            self._tables[projection.table] = ViewTable(projection, self.dialect, self._keys)
-        return self._tables[projection.table]
+        table = self._tables.get(projection.table)
+        if table is None or table.projection is not projection:
+            table = ViewTable(projection, self.dialect, self._keys)
+            self._tables[projection.table] = table
+        return table
 
     @abstractmethod
     def load(self, projection: Projection[R], keys: Sequence[str]) -> dict[str, R]: ...
@@ -171,17 +171,6 @@ def dump_aggregates(aggregates: Sequence[tuple[UUID, int]]) -> str:
 def load_aggregates(text: str) -> tuple[tuple[UUID, int], ...]:
     """Return the aggregates of a command's row."""
     return tuple((UUID(i), version) for i, version in json.loads(text))
-
-
-def check_unchanged(reader: Reader, columns: str, found: tuple[str, str]) -> None:
-    """Compare a reader with what is stored of it: its columns, and what it reads.
-
-    Raises `ViewChangedError`. Nothing is known of what older releases read.
-    """
-    now = (columns, reader.reads)
-    for then, this in zip(found, now, strict=True):
-        if then not in (this, ""):
-            raise ViewChangedError(f"{reader.name}_v{reader.version}", then, this)
 
 
 def not_unique(projection: Projection[Any], name: str) -> NotUnique | None:

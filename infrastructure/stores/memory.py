@@ -16,6 +16,7 @@ from leftfold.application.checkpoints import Change, Checkpoint, Comparison, Dea
 from leftfold.application.errors import NotUnique
 from leftfold.application.ports import (
     NOTHING,
+    REACTION,
     Committed,
     EncodedEvent,
     Group,
@@ -33,9 +34,9 @@ from leftfold.application.ports import (
 from leftfold.domain import ALWAYS, LeftfoldError, Specification
 from leftfold.domain.personal import Keys
 from leftfold.domain.specification.values import plain
-from leftfold.infrastructure.errors import ViewChangedError
 from leftfold.infrastructure.platform import monotonic
-from leftfold.infrastructure.rows import RowShape
+from leftfold.infrastructure.rows import RowShape, columns_of, describe
+from leftfold.infrastructure.stores.readers import ABSENT, check_unchanged
 from leftfold.infrastructure.stores.verdicts import is_written, refused
 
 R = TypeVar("R")
@@ -79,7 +80,8 @@ class MemoryLog(POPOProcessRecorder):
             del self._stored_events_index[str(event.originator_id)][event.originator_version]
         del self._stored_events[begun:]
         for save in group.saves:
-            del self._recorded[save.command_id], self._commands[save.command_id]
+            self._recorded.pop(save.command_id, None)
+            del self._commands[save.command_id]
 
     def _append(self, group: Group) -> Verdict:
         index, events = self._stored_events_index, self._stored_events
@@ -106,7 +108,8 @@ class MemoryLog(POPOProcessRecorder):
                 events.append(StoredEvent(*event))
             position = len(events) if save.events else 0
             positions.append(position)
-            self._recorded[save.command_id] = now
+            if not save.command.startswith(REACTION):
+                self._recorded[save.command_id] = now
             self._commands[save.command_id] = RecordedCommand(
                 save.command_id, save.command, save.aggregates, position, save.answer
             )
@@ -212,9 +215,10 @@ class MemoryViews:
         self._log = log
         self._rows: dict[str, dict[str, Any]] = {}
         self._checkpoints: dict[tuple[str, int], Checkpoint] = {}
+        self._leases: dict[tuple[str, int], float] = {}
         self._letters: dict[tuple[str, int], dict[tuple[int, str], DeadLetter]] = {}
         self._shapes: dict[str, RowShape[Any]] = {}
-        self._read: dict[tuple[str, int], str] = {}
+        self._defined: dict[tuple[str, int], tuple[str, str]] = {}
 
     def _shape(self, projection: Projection[R]) -> RowShape[R]:
         if projection.table not in self._shapes:
@@ -223,29 +227,38 @@ class MemoryViews:
 
     def checkpoints(self, readers: Sequence[Reader]) -> list[Checkpoint]:
         return [
-            self._checkpoints.get(_id(reader), Checkpoint(0))._replace(
-                dead_letters=len(self._letters.get(_id(reader), ()))
+            self._checkpoints.get(_id(reader), ABSENT)._replace(
+                is_held=self._is_held(_id(reader)),
+                dead_letters=len(self._letters.get(_id(reader), ())),
             )
             for reader in readers
         ]
 
-    def hold(self, readers: Sequence[Reader], owner: str, seconds: float) -> list[Checkpoint]:  # noqa: ARG002 - there is no other process
-        for reader, found in zip(readers, self.checkpoints(readers), strict=True):
-            if not found.is_held:
-                held = found._replace(owner=owner, is_held=True, epoch=found.epoch + 1)
-                self._checkpoints[_id(reader)] = held
-        return self.checkpoints(readers)
+    def hold(self, readers: Sequence[Reader], owner: str, seconds: float) -> list[Checkpoint]:
+        with self._log.locked():
+            for reader, found in zip(readers, self.checkpoints(readers), strict=True):
+                if _id(reader) in self._checkpoints and (found.owner == owner or not found.is_held):
+                    epoch = found.epoch + (found.owner != owner)
+                    held = found._replace(owner=owner, epoch=epoch)
+                    self._checkpoints[_id(reader)] = held
+                    self._leases[_id(reader)] = monotonic() + seconds
+            return self.checkpoints(readers)
 
     def release(self, owner: str) -> None:
-        for reader_id, found in self._checkpoints.items():
-            if found.owner == owner:
-                self._checkpoints[reader_id] = found._replace(owner="", is_held=False)
+        with self._log.locked():
+            for reader_id, found in self._checkpoints.items():
+                if found.owner == owner:
+                    self._checkpoints[reader_id] = found._replace(owner="")
+                    del self._leases[reader_id]
+
+    def _is_held(self, reader_id: tuple[str, int]) -> bool:
+        return self._leases.get(reader_id, 0.0) > monotonic()
 
     def define(self, reader: Reader) -> None:
         with self._log.locked():
-            found = self._read.setdefault(_id(reader), reader.reads)
-            if found != reader.reads:
-                raise ViewChangedError(f"{reader.name}_v{reader.version}", found, reader.reads)
+            columns = describe(columns_of(reader)) if isinstance(reader, Projection) else ""
+            found = self._defined.setdefault(_id(reader), (columns, reader.reads))
+            check_unchanged(reader, columns, found)
             if _id(reader) not in self._checkpoints:
                 head = self._log.head()
                 begin = head if reader.begins_now else 0
@@ -253,13 +266,15 @@ class MemoryViews:
 
     def drop(self, reader: Reader) -> None:
         with self._log.locked():
-            for kept in (self._checkpoints, self._letters, self._read):
+            for kept in (self._checkpoints, self._leases, self._letters, self._defined):
                 kept.pop(_id(reader), None)
             if isinstance(reader, Projection):
                 self._rows.pop(reader.table, None)
+                self._shapes.pop(reader.table, None)
 
     def versions(self, name: str) -> dict[int, bool]:
-        return {v: at.is_held for (n, v), at in self._checkpoints.items() if n == name}
+        with self._log.locked():
+            return {v: self._is_held((n, v)) for n, v in self._checkpoints if n == name}
 
     def compare(self, projection: Projection[Any], other: Projection[Any]) -> Comparison | None:
         with self._log.locked():
@@ -268,7 +283,10 @@ class MemoryViews:
                 return None
             mine, theirs = self._rows.get(projection.table, {}), self._rows.get(other.table, {})
             shared = mine.keys() & theirs.keys()
-            same = sum(1 for key in shared if mine[key] == theirs[key])
+            same = sum(
+                mine[key] == theirs[key] and projection.shows(mine[key]) == other.shows(theirs[key])
+                for key in shared
+            )
             removed = len(theirs) - len(shared)
             return Comparison(same, len(shared) - same, len(mine) - len(shared), removed)
 
@@ -279,8 +297,7 @@ class MemoryViews:
                 self._rows[projection.table] = self._rows.get(anew.table, {})
                 self._letters[_id(projection)] = self._letters.get(_id(anew), {})
                 at = self._checkpoints[_id(projection)]
-                fenced = at._replace(epoch=at.epoch + 1, is_built=True)
-                self._checkpoints[_id(projection)] = fenced
+                self._checkpoints[_id(projection)] = at._replace(epoch=at.epoch + 1)
                 self.drop(anew)
         return compared
 

@@ -29,6 +29,7 @@ from leftfold.application import Projection
 from leftfold.application.checkpoints import Change, Checkpoint, Comparison, DeadLetter, Reader
 from leftfold.application.ports import (
     NOTHING,
+    REACTION,
     Commit,
     Committed,
     EncodedEvent,
@@ -59,7 +60,6 @@ from leftfold.infrastructure.stores.common import (
     Notifying,
     Run,
     Tables,
-    check_unchanged,
     commit_in_runs,
     encoded,
     load_aggregates,
@@ -82,6 +82,7 @@ from leftfold.infrastructure.stores.postgres_schema import (
     LOCK,
     STATEMENTS,
 )
+from leftfold.infrastructure.stores.readers import ABSENT, check_unchanged
 from leftfold.infrastructure.stores.verdicts import is_written, refused
 from leftfold.infrastructure.tables import POSTGRES, ViewTable
 
@@ -370,6 +371,7 @@ class PostgresLog(PostgresEvents, Notifying, PostgresProcessRecorder):
                 "DELETE FROM leftfold_commands WHERE command_id IN ("
                 "SELECT command_id FROM leftfold_commands "
                 "WHERE recorded_at < now() - make_interval(secs => %s) "
+                f"AND command NOT LIKE '{REACTION}%%' "
                 "LIMIT %s FOR UPDATE SKIP LOCKED)",
                 (older_than, limit),
             )
@@ -528,7 +530,7 @@ class PostgresViews(Tables):
                     who,
                 )
                 cursor.execute(
-                    "UPDATE leftfold_checkpoints SET epoch = epoch + 1, built = true "
+                    "UPDATE leftfold_checkpoints SET epoch = epoch + 1 "
                     "WHERE name = %(name)s AND version = %(version)s",
                     who,
                 )
@@ -593,7 +595,8 @@ class PostgresViews(Tables):
         if not isinstance(reader, Projection):
             return
         table = self.table(reader)
-        deleted = [key for key, row in change.rows.items() if row is None]
+        # Two rows may change places in a unique column: there all go before any comes.
+        deleted = [key for key, row in change.rows.items() if row is None or reader.unique]
         if deleted:
             cursor.execute(f"{table.delete_by_key} = ANY(%s)".encode(), (deleted,))
         try:
@@ -608,7 +611,12 @@ class PostgresViews(Tables):
             reader.writes(cursor.execute, change.events)
 
     def _show(self, cursor: Cursor, reader: Reader) -> None:
-        if self._may_define and isinstance(reader, Projection) and reader.version > 0:
+        if (
+            self._may_define
+            and isinstance(reader, Projection)
+            and reader.version > 0
+            and not _shows(cursor, reader)
+        ):
             _show(cursor, self.table(reader))
 
     def select(
@@ -646,7 +654,8 @@ class PostgresStore:
         self._database: PostgresDatabase | None = None
         self._listener: psycopg.Connection[TupleRow] | None = None
         self._listening = Lock()
-        self._parts = _parts(url)
+        # One that hangs as it begins would take its place in the pool for minutes.
+        self._parts = {"connect_timeout": lock_timeout, **_parts(url)}
 
     def open(
         self,
@@ -682,7 +691,6 @@ class PostgresStore:
         return psycopg.connect(
             **{**KEEPALIVE, **self._parts},
             autocommit=autocommit,
-            connect_timeout=self._lock_timeout,
             row_factory=tuple_row,
         )
 
@@ -690,7 +698,6 @@ class PostgresStore:
         connection = await psycopg.AsyncConnection.connect(
             **{**KEEPALIVE, **self._parts},
             autocommit=True,
-            connect_timeout=self._lock_timeout,
             row_factory=tuple_row,
         )
         database = self._database
@@ -853,7 +860,7 @@ def _named(readers: Sequence[Reader]) -> dict[str, object]:
 def _checkpoints(cursor: Cursor, readers: Sequence[Reader]) -> list[Checkpoint]:
     cursor.execute(CHECKPOINTS, tuple(_named(readers).values()))
     found = {(name, version): Checkpoint(*values) for name, version, *values in cursor}
-    return [found[reader.name, reader.version] for reader in readers]
+    return [found.get((reader.name, reader.version), ABSENT) for reader in readers]
 
 
 def _move(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
@@ -35,6 +36,7 @@ from leftfold.application import Projection
 from leftfold.application.checkpoints import Change, Checkpoint, Comparison, DeadLetter, Reader
 from leftfold.application.ports import (
     NOTHING,
+    REACTION,
     Committed,
     EncodedEvent,
     Failed,
@@ -65,7 +67,6 @@ from leftfold.infrastructure.stores.common import (
     Run,
     Tables,
     as_uuid,
-    check_unchanged,
     commit_in_runs,
     dump_aggregates,
     encoded,
@@ -73,6 +74,7 @@ from leftfold.infrastructure.stores.common import (
     not_unique,
     runs,
 )
+from leftfold.infrastructure.stores.readers import ABSENT, check_unchanged
 from leftfold.infrastructure.stores.verdicts import is_written, refused
 from leftfold.infrastructure.tables import SQLITE, ViewTable
 
@@ -447,7 +449,8 @@ class SQLiteLog(SQLiteEvents, Notifying, SQLiteProcessRecorder):
         with self.datastore.reading() as cursor:  # all are looked at, before the lock is taken
             cursor.execute(
                 "SELECT command_id FROM leftfold_commands "
-                "WHERE recorded_at < strftime('%Y-%m-%dT%H:%M:%fZ', 'now', ?) LIMIT ?",
+                "WHERE recorded_at < strftime('%Y-%m-%dT%H:%M:%fZ', 'now', ?) "
+                f"AND command NOT LIKE '{REACTION}%' LIMIT ?",
                 (f"-{older_than:.3f} seconds", limit),
             )
             old = cursor.fetchall()
@@ -647,7 +650,7 @@ class SQLiteViews(Tables):
                 (reader.name, reader.version),
             )
         if isinstance(reader, Projection):
-            if reader.version > 0 and _is_shown(connection, self.table(reader)):
+            if re.search(rf"\b{reader.table}\b", _shown(connection, reader.name)):
                 connection.execute(f'DROP VIEW IF EXISTS "{reader.name}"')
             connection.execute(f'DROP TABLE IF EXISTS "{reader.table}"')
 
@@ -693,7 +696,7 @@ class SQLiteViews(Tables):
                     (version, name, anew.version),
                 )
                 connection.execute(
-                    "UPDATE leftfold_checkpoints SET epoch = epoch + 1, built = 1 "
+                    "UPDATE leftfold_checkpoints SET epoch = epoch + 1 "
                     "WHERE name = ? AND version = ?",
                     (name, version),
                 )
@@ -763,7 +766,8 @@ class SQLiteViews(Tables):
         if not isinstance(reader, Projection):
             return
         table = self.table(reader)
-        gone = [(key,) for key, row in change.rows.items() if row is None]
+        # Two rows may change places in a unique column: there all go before any comes.
+        gone = [(key,) for key, row in change.rows.items() if row is None or reader.unique]
         connection.executemany(f"{table.delete_by_key} = ?", gone)
         try:
             _insert_rows(connection, table.insert, table.on_conflict, rows)
@@ -776,7 +780,12 @@ class SQLiteViews(Tables):
             reader.writes(connection.execute, change.events)
 
     def _show(self, connection: sqlite3.Connection, reader: Reader) -> None:
-        if self._may_define and isinstance(reader, Projection) and reader.version > 0:
+        if (
+            self._may_define
+            and isinstance(reader, Projection)
+            and reader.version > 0
+            and not _shows(connection, self.table(reader))
+        ):
             _show(connection, self.table(reader))
 
     def select(
@@ -972,14 +981,14 @@ def _shows(connection: sqlite3.Connection, table: ViewTable[Any]) -> bool:
         "WHERE c.name = ? AND version > ? AND built AND type = 'view'",
         (table.projection.name, table.projection.version),
     ).fetchone()
-    return later is not None or _is_shown(connection, table)
+    return later is not None or _shown(connection, table.projection.name) == table.member_view
 
 
-def _is_shown(connection: sqlite3.Connection, table: ViewTable[Any]) -> bool:
-    """Tell whether the view for people is on just this version's table."""
+def _shown(connection: sqlite3.Connection, name: str) -> str:
+    """Return the statement that made the view for people; empty if there is none."""
     query = "SELECT sql FROM sqlite_master WHERE type = 'view' AND name = ?"
-    found = connection.execute(query, (table.projection.name,)).fetchone()
-    return found is not None and found[0] == table.member_view
+    found: tuple[str] | None = connection.execute(query, (name,)).fetchone()
+    return "" if found is None else found[0]
 
 
 def _show(connection: sqlite3.Connection, table: ViewTable[Any]) -> None:
@@ -999,7 +1008,11 @@ def _checkpoints(cursor: sqlite3.Cursor, readers: Sequence[Reader]) -> list[Chec
             "WHERE name = ? AND version = ?",
             (reader.name, reader.version),
         )
-        position, epoch, owner, is_held, is_built, dead_letters = cursor.fetchone()
+        row = cursor.fetchone()
+        if row is None:
+            found.append(ABSENT)
+            continue
+        position, epoch, owner, is_held, is_built, dead_letters = row
         checkpoint = Checkpoint(position, epoch, owner, bool(is_held), bool(is_built), dead_letters)
         found.append(checkpoint)
     return found

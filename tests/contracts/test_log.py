@@ -194,6 +194,13 @@ class LogContract:
         assert log.commands(ids) == {}
         assert stream(log) == [1, 2, 3]
 
+    def test_reactions_of_processes_are_never_purged(self, log):
+        reaction = save(event(A, 1))._replace(command="process reorders")
+        commit(log, [[reaction]])
+        sleep(0.02)
+        assert log.purge(0.01, 10) == 0
+        assert set(log.commands([reaction.command_id])) == {reaction.command_id}
+
     def test_of_two_groups_with_one_command_only_the_first_is_committed(self, log):
         first = save(event(A, 1))
         again = save(event(B, 1), command_id=first.command_id)

@@ -9,12 +9,24 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from dataclasses import replace
 from decimal import Decimal
+from uuid import uuid4
 
 import pytest
 
-from leftfold.application.items import GetItem, RegisterItem
-from leftfold.infrastructure import Settings
+from leftfold.application.items import (
+    GetItem,
+    ReceiveStock,
+    RegisterItem,
+    item_model,
+    item_stock,
+    low_stock,
+)
+from leftfold.application.ports import EncodedEvent, Group, Save
+from leftfold.domain.items import NeedsReorder
+from leftfold.infrastructure import Runtime, Settings
 from leftfold.infrastructure.items import open_items
 from leftfold.infrastructure.retail import HEADER
 from leftfold.infrastructure.simulation import write_shop
@@ -48,6 +60,41 @@ def shop(tmp_path):
 
 def one_line(done):
     return done.stderr.startswith("leftfold: ") and done.stderr.count("\n") == 1
+
+
+def asked(url, query, *values):
+    """The rows that a statement answers, run on a store's file."""
+    with contextlib.closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as file, file:
+        return file.execute(query, values).fetchall()
+
+
+def until(happens):
+    deadline = time.monotonic() + 60
+    while not happens():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@contextmanager
+def started(url, *arguments):
+    """A command under way, stopped in the end."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "leftfold.infrastructure.cli", *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "LEFTFOLD_STORE": url},
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def is_followed(url):
+    return asked(url, "SELECT 1 FROM leftfold_checkpoints WHERE owner IS NOT NULL")
 
 
 def test_demo_imports_a_shop_and_shows_its_best_sellers():
@@ -157,6 +204,17 @@ def test_a_process_of_its_own_keeps_the_views_up_to_date_until_it_is_stopped(tmp
         ("items", "--store", "memory:", "--cursor", "nonsense"),
         ("show", "x" * 21, "--store", "memory:"),
         ("import", "nowhere.csv", "--store", "memory:"),
+        ("projections",),
+        ("projections", "bogus"),
+        ("projections", "--store", "memory:", "rebuild", "item_stock"),
+        ("projections", "rebuild", "nope", "--store", "memory:"),
+        ("projections", "drop", "nope", "1", "--store", "memory:"),
+        ("projections", "drop", "item_stock", "2", "--store", "memory:"),
+        ("projections", "drop", "item_stock", "0", "--store", "memory:"),
+        ("dead-letters", "nope", "--store", "memory:"),
+        ("dead-letters", "nope", "--drop-all", "--store", "memory:"),
+        ("dead-letters", "item_stock", "--drop", "1", "--drop-all", "--store", "memory:"),
+        ("retry", "nope", "--store", "memory:"),
     ],
     ids=" ".join,
 )
@@ -208,17 +266,12 @@ def test_without_its_extra_the_command_says_what_to_install(tmp_path):
 
 
 def test_ctrl_c_says_that_what_was_committed_stays(shop):
-    follower = subprocess.Popen(
-        [sys.executable, "-m", "leftfold.infrastructure.cli", "follow", "--while-input"],
-        stdin=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "LEFTFOLD_STORE": shop},
-    )
-    time.sleep(2)  # it has nothing to say when it is ready
-    follower.send_signal(signal.SIGINT)
-    _, told = follower.communicate("", timeout=30)
-    assert (follower.returncode, told) == (130, "leftfold: interrupted; what was committed stays\n")
+    with started(shop, "follow", "--while-input") as follower:
+        until(lambda: is_followed(shop))
+        follower.send_signal(signal.SIGINT)
+        _, told = follower.communicate("", timeout=30)
+    said = "leftfold: interrupted; what was committed stays\n"
+    assert (follower.returncode, told) == (130, said)
 
 
 def test_reading_a_store_that_is_not_there_makes_none(tmp_path):
@@ -316,7 +369,20 @@ def test_purge_deletes_receipts_that_are_old_enough(shop):
     assert done.stdout == "0 receipts were deleted.\n"
 
 
-@pytest.mark.parametrize("command", [("forget", "17850"), ("purge",)])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("forget", "17850"),
+        ("purge",),
+        ("projections",),
+        ("projections", "rebuild", "item_stock"),
+        ("projections", "drop", "item_stock", "2"),
+        ("dead-letters", "item_stock"),
+        ("retry", "item_stock"),
+        ("follow", "--reorders"),
+    ],
+    ids=" ".join,
+)
 def test_a_store_that_is_not_there_is_not_made(tmp_path, command):
     refused = leftfold(*command, store=f"sqlite:///{tmp_path}/typo.db")
     assert (refused.returncode, one_line(refused)) == (1, True)
@@ -331,3 +397,271 @@ def test_forget_finds_keys_that_lie_elsewhere(tmp_path):
     assert (lost.returncode, one_line(lost)) == (1, True)
     done = leftfold("forget", "17850", "--keys", keys, "--json", store=url)
     assert json.loads(done.stdout) == {"forgotten": False}
+
+
+# Views ----------------------------------------------------------------------------------------
+
+
+def projections(url):
+    done = leftfold("projections", "--json", store=url)
+    assert done.returncode == 0, done.stderr
+    return {found["name"]: found for found in json.loads(done.stdout)}
+
+
+def test_projections_are_listed_with_how_far_they_are(shop):
+    ((head,),) = asked(shop, "SELECT max(position) FROM stored_events")
+    found = projections(shop)
+    assert list(found) == ["item_stock", "low_stock", "best_sellers", "daily_sales"]
+    assert found["item_stock"] == {
+        "name": "item_stock",
+        "version": 1,
+        "state": "watched",
+        "position": head,
+        "lag": 0,
+        "lag_seconds": 0.0,
+        "rate": 0.0,
+        "dead_letters": 0,
+        "failure": None,
+    }
+    done = leftfold("projections", store=shop)
+    assert done.stdout.splitlines()[:2] == [
+        "name\tversion\tstate\tposition\tlag\tlag_seconds\trate\tdead_letters",
+        f"item_stock\t1\twatched\t{head}\t0\t0.0\t0.0\t0",
+    ]
+    assert leftfold("projections", "list", store=shop).stdout == done.stdout
+
+
+def test_listing_projections_leaves_folding_to_those_who_do_it(shop):
+    holders = "SELECT name, version, position, epoch, owner FROM leftfold_checkpoints"
+    with started(shop, "follow") as follower:
+        until(lambda: is_followed(shop))
+        held = asked(shop, holders)
+        assert {found["state"] for found in projections(shop).values()} == {"watched"}
+        assert asked(shop, holders) == held
+        follower.terminate()
+        follower.wait(20)
+
+    async def register():
+        async with open_items(settings=Settings(store=shop, follow=False)) as opened:
+            item = RegisterItem(sku="A", name="CUP", unit_price=Decimal(1), opening_stock=5)
+            (await opened.commands.dispatch(item)).unwrap()
+
+    asyncio.run(register())
+    free = asked(shop, holders)
+    assert {found["lag"] for found in projections(shop).values()} == {1}
+    assert asked(shop, holders) == free
+
+
+def test_a_rebuild_mends_a_view_and_tells_what_was_wrong(shop):
+    right = leftfold("items", store=shop).stdout
+    ((count,),) = asked(shop, "SELECT count(*) FROM item_stock_v1")
+    asked(shop, "UPDATE item_stock_v1 SET on_hand = on_hand + 1 WHERE sku = '21000A'")
+    asked(shop, "DELETE FROM item_stock_v1 WHERE sku = '21007'")
+    assert leftfold("items", store=shop).stdout != right
+    mended = leftfold("projections", "rebuild", "item_stock", "--json", store=shop)
+    assert json.loads(mended.stdout) == {
+        "same": count - 2,
+        "changed": 1,
+        "added": 1,
+        "removed": 0,
+    }
+    assert leftfold("items", store=shop).stdout == right
+    again = leftfold("projections", "rebuild", "item_stock", store=shop)
+    assert again.stdout == f"same\t{count}\nchanged\t0\nadded\t0\nremoved\t0\n"
+    assert (again.returncode, again.stderr) == (0, "")
+
+
+@pytest.fixture
+def many_items(tmp_path):
+    """A store whose views are built anew in three pages."""
+    url = f"sqlite:///{tmp_path}/shop.db"
+
+    async def register():
+        async with open_items(url) as opened:
+            items = [
+                RegisterItem(sku=f"S{n}", name="CUP", unit_price=Decimal(1)) for n in range(11_000)
+            ]
+            (await opened.commands.dispatch_all(items)).unwrap()
+            (await opened.catch_up(60)).unwrap()
+
+    asyncio.run(register())
+    return url
+
+
+def test_a_rebuild_that_is_interrupted_goes_on_where_it_was(many_items):
+    """What was built before is not built again: a row that was changed meanwhile stays so."""
+    asked(
+        many_items,
+        "CREATE VIEW long AS WITH RECURSIVE count (n) AS (SELECT 1 UNION ALL "
+        "SELECT n + 1 FROM count WHERE n < 1000000) SELECT max(n) FROM count",
+    )
+    asked(
+        many_items,
+        "CREATE TRIGGER takes_long BEFORE UPDATE OF position ON leftfold_checkpoints "
+        "WHEN OLD.version = -1 AND OLD.position > 0 BEGIN SELECT * FROM long; END",
+    )
+    built = "SELECT position FROM leftfold_checkpoints WHERE version = -1 AND position > 0"
+    with started(many_items, "projections", "rebuild", "item_stock") as rebuild:
+        until(lambda: asked(many_items, built))
+        rebuild.send_signal(signal.SIGINT)
+        _, told = rebuild.communicate(timeout=60)
+    said = "leftfold: interrupted; what was committed stays\n"
+    assert (rebuild.returncode, told) == (130, said)
+    ((at,),) = asked(many_items, built)
+    assert at < 11_000
+    asked(many_items, "DROP TRIGGER takes_long")
+    asked(many_items, "UPDATE item_stock_v1_anew SET name = 'MUG' WHERE sku = 'S0'")
+    again = leftfold("projections", "rebuild", "item_stock", "--json", store=many_items)
+    assert json.loads(again.stdout) == {"same": 10_999, "changed": 1, "added": 0, "removed": 0}
+    assert "\nS0\tMUG\t" in leftfold("items", store=many_items).stdout
+
+
+def test_a_rebuild_shows_on_a_terminal_how_fast_it_is(many_items):
+    ours, terminal = os.openpty()
+    rebuild = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "leftfold.infrastructure.cli",
+            "projections",
+            "rebuild",
+            "low_stock",
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=terminal,
+        env={**os.environ, "LEFTFOLD_STORE": many_items, "TERM": "xterm"},
+    )
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):  # at its end
+        while more := os.read(ours, 4_096):
+            shown += more
+    os.close(ours)
+    assert rebuild.wait(20) == 0
+    assert b"11000/11000" in shown
+    assert b" events/s" in shown
+
+
+def test_an_old_version_of_a_view_is_dropped_and_a_present_one_is_kept(shop):
+    async def keep_for_a_while():
+        old = item_stock.derive("few_left", version=3, specification=NeedsReorder())
+        async with Runtime(replace(item_model, projections=(low_stock, old)), shop) as opened:
+            (await opened.catch_up()).unwrap()
+
+    asyncio.run(keep_for_a_while())
+    tables = "SELECT name FROM sqlite_master WHERE name LIKE 'few_left%'"
+    assert asked(shop, tables)
+    done = leftfold("projections", "drop", "few_left", "3", store=shop)
+    assert (done.returncode, done.stdout) == (0, "few_left_v3 was dropped.\n")
+    assert not asked(shop, tables)
+    kept = leftfold("projections", "drop", "low_stock", "1", store=shop)
+    assert (kept.returncode, one_line(kept)) == (1, True)
+    assert projections(shop)["low_stock"]["lag"] == 0
+
+
+@pytest.fixture
+def foreign(shop):
+    """The position of an event of another release, which the shop's views have put aside."""
+
+    async def commit():
+        async with open_items(shop) as opened:
+            stored = opened._store.log.read(0, 1)[0]
+            event = EncodedEvent(uuid4(), 1, "of.another.release", stored.state)
+            save = Save(uuid4(), "Other", [event], ((event.aggregate_id, 1),), None)
+            (committed,) = opened._store.log.commit([Group([save])])
+            (await opened.catch_up()).unwrap()
+            return committed.positions[0]
+
+    return asyncio.run(commit())
+
+
+def test_dead_letters_are_listed_with_why_they_were_put_aside(shop, foreign):
+    (letter,) = json.loads(leftfold("dead-letters", "item_stock", "--json", store=shop).stdout)
+    assert list(letter) == ["position", "key", "topic", "version", "error", "parked_at"]
+    assert (letter["position"], letter["topic"]) == (foreign, "of.another.release")
+    assert "of.another.release" in letter["error"]
+    listed = leftfold("dead-letters", "item_stock", store=shop).stdout.splitlines()
+    assert [line.split("\t")[0] for line in listed] == ["position", str(foreign)]
+    assert projections(shop)["item_stock"]["dead_letters"] == 1
+
+
+def test_a_retry_fails_while_something_stays(shop, foreign):
+    done = leftfold("retry", "item_stock", store=shop)
+    assert done.stdout == "0 events were taken in, 1 stay.\n"
+    assert (done.returncode, one_line(done)) == (1, True)
+    asked(
+        shop,
+        "UPDATE stored_events SET topic = 'leftfold.item.registered' WHERE position = ?",
+        foreign,
+    )
+    done = leftfold("retry", "item_stock", "--json", store=shop)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == {"released": 1, "kept": 0}
+    assert leftfold("retry", "item_stock", store=shop).stdout == "0 events were taken in, 0 stay.\n"
+
+
+def test_dead_letters_are_given_up_one_by_one_or_all(shop, foreign):
+    def give_up(name, *which):
+        done = leftfold("dead-letters", name, *which, store=shop)
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout
+
+    assert give_up("item_stock", "--drop", str(foreign - 1)) == "0 events were given up.\n"
+    assert give_up("item_stock", "--drop", str(foreign)) == "1 events were given up.\n"
+    assert json.loads(give_up("low_stock", "--drop-all", "--json")) == {"dropped": 1}
+    left = [found["dead_letters"] for found in projections(shop).values()]
+    assert left == [0, 0, 1, 1]
+
+
+def test_the_graph_shows_who_reads_whose_events():
+    done = leftfold("graph")
+    assert done.returncode == 0
+    assert done.stdout.startswith("flowchart LR\n")
+    assert "Items --> ReorderProcess\n" in done.stdout
+    system = json.loads(leftfold("graph", "--json").stdout)
+    assert system["nodes"]["Items"] == "leftfold.application.items.service:Items"
+    assert system["edges"] == [["Items", "ReorderProcess"]]
+
+
+def test_a_follower_opens_and_closes_reorders_if_it_is_told_to(tmp_path):
+    url = f"sqlite:///{tmp_path}/shop.db"
+
+    async def carry_out(command):
+        async with open_items(settings=Settings(store=url, follow=False)) as opened:
+            (await opened.commands.dispatch(command)).unwrap()
+
+    def has_come(topic):
+        return asked(url, "SELECT 1 FROM stored_events WHERE topic = ?", topic)
+
+    asyncio.run(
+        carry_out(RegisterItem(sku="A", name="CUP", unit_price=Decimal(1), reorder_level=5))
+    )
+    unknown = leftfold("dead-letters", "reorder_watch", store=url)
+    assert (unknown.returncode, one_line(unknown)) == (2, True)
+    with started(url, "follow", "--reorders") as follower:
+        until(lambda: has_come("leftfold.reorder.opened"))
+        asyncio.run(carry_out(ReceiveStock(sku="A", quantity=9)))
+        until(lambda: has_come("leftfold.reorder.closed"))
+        follower.terminate()
+        assert follower.wait(20) == -signal.SIGTERM
+        assert follower.stderr.read() == ""
+    assert projections(url)["reorder_watch"]["position"] > 0
+    assert leftfold("dead-letters", "reorder_watch", store=url).returncode == 0
+    refused = leftfold("projections", "rebuild", "reorder_watch", store=url)
+    assert (refused.returncode, one_line(refused)) == (2, True)
+
+
+def test_where_no_tables_may_be_made_migrate_makes_those_of_reorders_too(tmp_path):
+    url = f"sqlite:///{tmp_path}/shop.db"
+    no_rights = {"store": url, "LEFTFOLD_CREATE_TABLES": "false"}
+    asyncio.run(_open_once(url))
+    refused = leftfold("follow", "--reorders", **no_rights)
+    assert (refused.returncode, one_line(refused)) == (1, True)
+    assert "leftfold migrate" in refused.stderr
+    assert leftfold("migrate", store=url).returncode == 0
+    assert "reorder_watch" in projections(url)
+
+
+async def _open_once(url):
+    async with open_items(url):
+        pass

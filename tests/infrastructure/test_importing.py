@@ -12,7 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from leftfold.application.items import Count, FindItems, GetItem, ItemHistory, ItemRow
+from leftfold.application.items import (
+    Count,
+    FindItems,
+    GetItem,
+    ItemHistory,
+    ItemRow,
+    best_sellers,
+    daily_sales,
+    item_model,
+    item_stock,
+    low_stock,
+)
 from leftfold.domain import Specification
 from leftfold.domain.items import Item
 from leftfold.infrastructure.importing import import_sales
@@ -232,6 +243,7 @@ def test_the_real_sales_are_imported_exactly(shared_url):
 
     async def ask():
         async with open_items(shared_url) as runtime:
+            (await runtime.catch_up(60)).unwrap()
             row = (await runtime.queries.dispatch(GetItem(sku="22423"))).unwrap()
             rows = (await runtime.queries.dispatch(FindItems(limit=10_000))).unwrap().rows
             counted = [
@@ -239,9 +251,23 @@ def test_the_real_sales_are_imported_exactly(shared_url):
                 for where, _ in documented_questions()
             ]
             snapshots = runtime._store.log.snapshots([Item.id_of("22423")])
-            return row, rows, counted, snapshots
+            views = runtime._store.views
+            shown = {
+                view: dict(views.select(view, None, None)) for view in item_model.projections
+            }
+            rebuilt = [await runtime.rebuild(view.name) for view in item_model.projections]
+            return row, rows, counted, snapshots, shown, rebuilt
 
-    row, rows, counted, snapshots = asyncio.run(ask())
+    row, rows, counted, snapshots, shown, rebuilt = asyncio.run(ask())
+    stock = shown[item_stock]
+    for view in (low_stock, best_sellers):
+        assert shown[view] == {key: r for key, r in stock.items() if view.shows(r)}
+    assert (len(shown[best_sellers]), len(shown[low_stock]) > 0) == (215, True)
+    by_day = sum(day.revenue for day in shown[daily_sales].values())
+    assert by_day == REAL_SUMMARY["revenue"] == sum(r.revenue for r in stock.values())
+    for view, compared in zip(item_model.projections, rebuilt, strict=True):
+        assert compared.same >= len(shown[view])
+        assert (compared.changed, compared.added, compared.removed) == (0, 0, 0)
     assert [snapshot.version >= 2_000 for snapshot in snapshots] == [True]
     assert (row.units_sold, row.units_returned, row.revenue) == (13_879, 857, Decimal("164762.19"))
     in_python = [

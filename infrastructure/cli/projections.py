@@ -1,0 +1,182 @@
+"""The commands about views, and about what could not be taken into them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from leftfold.application import Comparison, DeadLetter, InvalidModelError
+from leftfold.application.items import shop_model
+from leftfold.infrastructure.cli.common import (
+    FAILURE,
+    AsJson,
+    Store,
+    complete,
+    kept_in,
+    open_shop,
+)
+from leftfold.infrastructure.cli.output import (
+    complain,
+    progress,
+    say,
+    show_facts,
+    show_json,
+    show_table,
+)
+from leftfold.infrastructure.health import Health
+from leftfold.infrastructure.upkeep import Retried
+
+Name = Annotated[str, typer.Argument(help="The view's name, or the process's.")]
+
+
+class _ListingGroup(TyperGroup):
+    """Lists if no command is named."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or (args[0].startswith("-") and args[0] not in ctx.help_option_names):
+            args = ["list", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer()
+projections = typer.Typer(
+    cls=_ListingGroup, help="Show how far views and processes are, or see to one."
+)
+app.add_typer(projections, name="projections")
+
+
+@projections.command("list")
+def list_(store: Store, as_json: AsJson = False) -> None:
+    """Show how far they are; this is done if no command is named."""
+    model = kept_in(store)
+
+    async def run() -> Health:
+        async with open_shop(store, model, follow=False) as shop:
+            return shop.health()
+
+    found = complete(run()).projections
+    if as_json:
+        show_json([asdict(projection) for projection in found])
+        return
+    columns = ("name", "version", "state", "position", "lag", "lag_seconds", "rate", "dead_letters")
+    rows = [[getattr(projection, name) for name in columns] for projection in found]
+    show_table("Projections", columns, rows)
+
+
+@projections.command()
+def rebuild(name: Name, store: Store, as_json: AsJson = False) -> None:
+    """Build a view anew beside itself, and mend its rows; run it again to go on."""
+    model = kept_in(store)
+
+    async def run() -> Comparison:
+        with progress("events") as tell:
+            # What is built anew has a table of its own.
+            async with open_shop(store, model, follow=False, create_tables=True) as shop:
+                with _named_by_user():
+                    return await shop.rebuild(name, lambda at, head: tell("folding", at, head))
+
+    compared = complete(run())
+    if as_json:
+        show_json(compared._asdict())
+    else:
+        show_facts(f"Rows of {name}", list(compared._asdict().items()))
+
+
+@projections.command()
+def drop(
+    name: Name,
+    version: Annotated[int, typer.Argument(min=1, help="One that no program keeps any more.")],
+    store: Store,
+) -> None:
+    """Delete an old version of a view, with its rows."""
+    model = kept_in(store)
+
+    async def run() -> None:
+        async with open_shop(store, model, follow=False) as shop:
+            with _named_by_user():
+                await shop.drop_version(name, version)
+
+    complete(run())
+    say(f"{name}_v{version} was dropped.")
+
+
+@app.command()
+def dead_letters(
+    name: Name,
+    store: Store,
+    drop: Annotated[
+        int | None,
+        typer.Option(min=1, help="Give up the event at this position.", show_default=False),
+    ] = None,
+    drop_all: Annotated[bool, typer.Option("--drop-all", help="Give up all of them.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show the events that a view or process could not take in, or give them up."""
+    if drop is not None and drop_all:
+        raise typer.BadParameter("--drop is one event, and --drop-all are all")
+    model = kept_in(store)
+
+    async def run() -> int | tuple[DeadLetter, ...]:
+        async with open_shop(store, model, follow=False) as shop:
+            with _named_by_user():
+                if drop is not None or drop_all:
+                    return await shop.drop_dead_letters(name, drop)
+                return await shop.dead_letters(name)
+
+    found = complete(run())
+    if isinstance(found, int):
+        if as_json:
+            show_json({"dropped": found})
+        else:
+            say(f"{found} events were given up.")
+        return
+    columns = ("position", "key", "topic", "version", "error", "parked_at")
+    rows = [{column: getattr(letter, column) for column in columns} for letter in found]
+    if as_json:
+        show_json(rows)
+    else:
+        show_table(f"Dead letters of {name}", columns, [list(row.values()) for row in rows])
+
+
+@app.command()
+def retry(name: Name, store: Store, as_json: AsJson = False) -> None:
+    """Take in what was put aside; exit code 1 if some of it stays."""
+    model = kept_in(store)
+
+    async def run() -> Retried:
+        async with open_shop(store, model, follow=False) as shop:
+            with _named_by_user():
+                return await shop.retry(name)
+
+    retried = complete(run())
+    if as_json:
+        show_json(asdict(retried))
+    else:
+        say(f"{retried.released} events were taken in, {retried.kept} stay.")
+    if retried.kept:
+        complain(f"{retried.kept} events stay: leftfold dead-letters {name}")
+        raise typer.Exit(FAILURE)
+
+
+@app.command()
+def graph(as_json: AsJson = False) -> None:
+    """Show who reads whose events, as a Mermaid flowchart."""
+    if not as_json:
+        say(shop_model.graph())
+        return
+    system = shop_model.system()
+    show_json({"nodes": system.nodes, "edges": system.edges})
+
+
+@contextmanager
+def _named_by_user() -> Iterator[None]:
+    """Tell of a name that there is not as of wrong use: here it is no fault of the program."""
+    try:
+        yield
+    except InvalidModelError as error:
+        raise typer.BadParameter(error.reason) from None
