@@ -96,6 +96,15 @@ class ProjectionFailedError(
     reason: str
 
 
+class ReactionConflictError(
+    InfrastructureError,
+    message="{projection}: others have written what the reaction would begin with",
+):
+    """What a process records does not follow on what is stored of its aggregates."""
+
+    projection: str
+
+
 class TooManyDeadLettersError(
     InfrastructureError, message="{projection} stopped: it has put aside {limit} events"
 ):

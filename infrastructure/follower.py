@@ -14,7 +14,15 @@ from leftfold.domain import LeftfoldError
 from leftfold.infrastructure.access import may_pass
 from leftfold.infrastructure.errors import TooManyDeadLettersError
 from leftfold.infrastructure.health import ProjectionHealth, ReaderState
-from leftfold.infrastructure.pages import Fold, Outcome, Pages, described, failure_of, is_poison
+from leftfold.infrastructure.pages import (
+    Fold,
+    Outcome,
+    Pages,
+    Prepared,
+    described,
+    failure_of,
+    is_poison,
+)
 from leftfold.infrastructure.subscriptions import Subscription
 
 _log = logging.getLogger("leftfold.follower")
@@ -405,25 +413,13 @@ class Follower:
         page.add_done_callback(self._pages_under_way.discard)
 
     async def _page(self, group: Sequence[Followed]) -> None:
-        """Take in one page, and see to what goes wrong."""
-        began = self._platform.monotonic()
-        limit = min(reader.limit for reader in group)
+        """Take in a page, and those that follow on it; see to what goes wrong."""
+        ahead: Prepared | None = None
+        is_begun = False
         try:
-            outcome = await self._turn(group, limit)
-        except Exception as error:  # noqa: BLE001 - whatever is wrong is seen to, reader by reader
-            for reader in group:
-                await self._failed(reader, error, limit, is_shared=len(group) > 1)
-        else:
-            seconds = self._platform.monotonic() - began
-            for reader in group:
-                failure = outcome.failed.get(reader.work)
-                if failure is not None:
-                    await self._failed(reader, failure, limit, is_shared=False)
-                elif outcome.is_lost:
-                    reader.is_due, reader.is_mine = True, False  # until it is looked at again
-                    self._look_hint.set()
-                else:
-                    self._went_well(reader, outcome, limit, seconds)
+            while not self._is_stopping and (ahead is not None or not is_begun):
+                is_begun = True
+                ahead = await self._one_page(group, ahead)
         finally:
             now = self._platform.monotonic()
             for reader in group:
@@ -432,12 +428,56 @@ class Follower:
                 reader.note(now)
             self._hint.set()
 
-    async def _turn(self, group: Sequence[Followed], limit: int) -> Outcome:
+    async def _one_page(self, group: Sequence[Followed], begun: Prepared | None) -> Prepared | None:
+        """Take in one page; return the next, if it was folded while this one was written."""
+        began = self._platform.monotonic()
+        limit = min(reader.limit for reader in group)
+        ahead: Prepared | None = None
+        try:
+            outcome, ahead = await self._turn(group, limit, begun)
+        except Exception as error:  # noqa: BLE001 - whatever is wrong is seen to, reader by reader
+            for reader in group:
+                await self._failed(reader, error, limit, is_shared=len(group) > 1)
+            return None
+        seconds = self._platform.monotonic() - began
+        for reader in group:
+            failure = outcome.failed.get(reader.work)
+            if failure is not None and not outcome.is_lost:
+                await self._failed(reader, failure, limit, is_shared=False)
+            elif outcome.is_lost:
+                reader.is_due, reader.is_mine = True, False  # until it is looked at again
+                self._look_hint.set()
+            else:
+                self._went_well(reader, outcome, limit, seconds)
+                reader.note(began + seconds)
+        return ahead
+
+    async def _turn(
+        self, group: Sequence[Followed], limit: int, begun: Prepared | None
+    ) -> tuple[Outcome, Prepared | None]:
+        """Write one page while the next is folded: the database works, and so do we."""
+        in_thread, pages = self._platform.in_thread, self._pages
         (first, *_) = group
         if isinstance(first.work, Subscription):
-            return await first.work.turn(limit)
+            return await first.work.turn(limit), None
         folds = [reader.work for reader in group]
-        return await self._platform.in_thread(self._pages.fold, folds, limit)
+        if first.work.process is not None:
+            return await in_thread(pages.fold, folds, limit), None
+        page: Prepared | Outcome
+        page = await in_thread(pages.begin, folds, limit) if begun is None else begun
+        if isinstance(page, Outcome):
+            return page, None
+        if not page.has_more or page.failed:
+            return await in_thread(pages.write, page), None
+        outcome, ahead = await asyncio.gather(
+            in_thread(pages.write, page),
+            in_thread(pages.prepare, folds, limit, page),
+            return_exceptions=True,
+        )
+        if isinstance(outcome, BaseException):
+            raise outcome
+        is_good = isinstance(ahead, Prepared) and not (outcome.is_lost or ahead.failed)
+        return outcome, ahead if is_good and isinstance(ahead, Prepared) else None
 
     def _went_well(self, reader: Followed, outcome: Outcome, limit: int, seconds: float) -> None:
         reader.pause = reader.not_before = 0.0

@@ -33,7 +33,11 @@ from leftfold.application.ports import (
 from leftfold.application.process import Process, Reactions, reaction_id
 from leftfold.domain import Aggregate, DomainError, Event, LeftfoldError, clock, project
 from leftfold.infrastructure.access import may_pass
-from leftfold.infrastructure.errors import ProjectionFailedError, ViewBusyError
+from leftfold.infrastructure.errors import (
+    ProjectionFailedError,
+    ReactionConflictError,
+    ViewBusyError,
+)
 from leftfold.infrastructure.rows import storable
 
 R = TypeVar("R")
@@ -47,7 +51,10 @@ SPARSE, DENSE = 1 / 8, 1 / 4
 INLINE = 5_000
 """Events at a time in the transaction of others."""
 ATTEMPTS = 100
-"""At a change from outside, while pages come between."""
+"""At a change from outside, or at a reaction, while others come between."""
+
+
+_NOTHING: Any = object()
 
 
 class Unreadable(NamedTuple):
@@ -76,6 +83,8 @@ class Fold(Generic[R]):
         self.rows: dict[str, R | None] = {}
         self.parked: set[str] | None = None
         """Keys that have dead letters; None if it is not known."""
+        self.conflicts = 0
+        """Pages in a row whose reactions others have contradicted."""
 
     def adopt(self, found: Checkpoint) -> None:
         """Go on from a checkpoint: what is remembered holds only where it was left."""
@@ -99,16 +108,21 @@ class Fold(Generic[R]):
 
 
 class Turn(Generic[R]):
-    """What a page does to one view."""
+    """What a page does to one view, which may follow on a page that is not written yet."""
 
-    def __init__(self, fold: Fold[R], pages: Pages) -> None:
+    def __init__(self, fold: Fold[R], pages: Pages, before: Turn[R] | None = None) -> None:
         self.fold = fold
+        self.at: Checkpoint = fold.checkpoint if before is None else before.then
+        """Where it begins."""
+        self.then: Checkpoint = self.at
+        """Where it ends."""
+        self._before: Mapping[str, R | None] = {} if before is None else before.rows
         self.rows: dict[str, R | None] = {}
         self.parked: list[DeadLetter] = []
         self.events: list[Event] = []
         self.reactions: Reactions | None = None
         self._pages = pages
-        self._parked = pages.parked(fold)
+        self._parked: set[str] = pages.parked(fold) if before is None else set(before._parked)
         if fold.process is not None:
             self.reactions = Reactions(fold.reader.name, pages.find)
 
@@ -128,39 +142,41 @@ class Turn(Generic[R]):
         with self.reactions.made(), clock.clock(self._pages.now):
             self.rows.update(reader.fold(events, self._load, self._react(events)))
 
+    def end(self, position: int, *, is_built: bool) -> None:
+        """Say how far it reaches."""
+        self.then = self.at._replace(
+            position=position,
+            is_built=self.at.is_built or is_built,
+            dead_letters=self.at.dead_letters + len(self.parked),
+        )
+
     def change(self) -> Change:
         """Return it as the store takes it."""
-        return Change(
-            self.fold.reader,
-            self.fold.checkpoint,
-            self.rows,
-            tuple(self.parked),
-            events=tuple(self.events),
-        )
+        parked, events = tuple(self.parked), tuple(self.events)
+        return Change(self.fold.reader, self.at, self.rows, parked, events=events)
 
-    def written(self, position: int, *, is_built: bool) -> None:
+    def written(self) -> None:
         """Remember what is in the store now."""
-        fold = self.fold
-        at = fold.checkpoint
-        fold.checkpoint = at._replace(
-            position=position,
-            is_built=at.is_built or is_built,
-            dead_letters=at.dead_letters + len(self.parked),
-        )
-        fold.parked = self._parked
-        fold.remember(self.rows)
+        self.fold.checkpoint = self.then
+        self.fold.conflicts = 0
+        self.fold.parked = self._parked
+        self.fold.remember(self.rows)
 
     def _load(self, keys: set[str]) -> dict[str, R | None]:
-        cached, changed = self.fold.rows, self.rows
+        cached, changed, before = self.fold.rows, self.rows, self._before
         rows: dict[str, R | None] = {}
         missing: list[str] = []
         for key in keys:
             if key in changed:
                 rows[key] = changed[key]
-            elif key in cached:
-                rows[key] = cached[key]
-            else:
-                missing.append(key)
+            elif key in before:
+                rows[key] = before[key]
+            else:  # at once: the page before may be written meanwhile, and rows let go
+                row = cached.get(key, _NOTHING)
+                if row is _NOTHING:
+                    missing.append(key)
+                else:
+                    rows[key] = row
         loaded = self._pages.views.load(self.fold.reader, missing) if missing else {}
         return {**rows, **loaded}
 
@@ -248,6 +264,19 @@ class Read(NamedTuple):
     head: int
 
 
+class Prepared(NamedTuple):
+    """A page that is folded, and not written."""
+
+    turns: list[Turn[Any]]
+    events: int
+    """Read from the log."""
+    end: int
+    has_more: bool = False
+    head: int = 0
+    failed: Mapping[object, Exception] = {}
+    """What could not be folded, and has left the page."""
+
+
 class Outcome(NamedTuple):
     """How a page went."""
 
@@ -284,15 +313,32 @@ class Pages:
         None beyond a position, if one is given. A view that cannot fold them leaves the page.
         Raises what the store does.
         """
-        after = folds[0].checkpoint.position
+        return self.write(self.prepare(folds, limit, until=until))
+
+    def begin(self, folds: Sequence[Fold[Any]], limit: int) -> Prepared | Outcome:
+        """Fold the next events, and write them too if no others wait behind."""
+        prepared = self.prepare(folds, limit)
+        return prepared if prepared.has_more else self.write(prepared)
+
+    def prepare(
+        self,
+        folds: Sequence[Fold[Any]],
+        limit: int,
+        before: Prepared | None = None,
+        *,
+        until: int | None = None,
+    ) -> Prepared:
+        """Read and fold the next events, or those after a page that is yet to be written."""
+        after = folds[0].checkpoint.position if before is None else before.end
         head = self._events.head()
         if min(head, head if until is None else until) <= after:
-            return Outcome(head=max(after, head))
-        logged, end, is_full = self._read(folds, limit, head)
+            return Prepared([], 0, after, head=max(after, head))
+        logged, end, is_full = self._read(folds, after, limit, head)
         if until is not None and until < end:
             logged = [event for event in logged if event.position <= until]
             end, is_full = until, True
-        turns = [Turn(fold, self) for fold in folds]
+        earlier = {} if before is None else {turn.fold: turn for turn in before.turns}
+        turns = [Turn(fold, self, earlier.get(fold)) for fold in folds]
         failed: dict[object, Exception] = {}
         for begin in range(0, len(logged), CHUNK):
             chunk = logged[begin : begin + CHUNK]
@@ -305,11 +351,28 @@ class Pages:
                         raise
                     failed[turn.fold] = error
                     turns.remove(turn)
-        if failed and self._have_moved([fold for fold in folds if fold in failed]):
-            # Rows that others have changed meanwhile are no proof that it cannot be folded.
-            return Outcome(len(logged), is_full, is_lost=True, head=max(head, end))
-        is_lost = bool(turns) and not self._write(turns, end, is_built=end >= head)
-        return Outcome(len(logged), is_full, is_lost, max(head, end), failed)
+        for turn in turns:
+            turn.end(end, is_built=end >= head)
+        return Prepared(turns, len(logged), end, is_full, max(head, end), failed)
+
+    def write(self, prepared: Prepared) -> Outcome:
+        """Write what was folded, unless others have come between."""
+        turns, events, end, has_more, head, failed = prepared
+        is_lost = bool(failed) and self._have_moved([f for f in failed if isinstance(f, Fold)])
+        # Rows that others have changed meanwhile are no proof that they cannot be folded.
+        if not is_lost and turns:
+            is_lost = not self._write(turns, is_built=end >= head)
+            if is_lost and self._has_conflict(turns[0].fold, events):
+                fold = turns[0].fold
+                failed, is_lost = {fold: ReactionConflictError(fold.reader.table)}, False
+        return Outcome(events, has_more, is_lost, head, failed)
+
+    def _has_conflict(self, fold: Fold[Any], events: int) -> bool:
+        """Tell whether it is a reaction that others contradict: of several events, or for long."""
+        if fold.process is None or self._have_moved([fold]):
+            return False
+        fold.conflicts += 1
+        return events > 1 or fold.conflicts > ATTEMPTS
 
     def read_for(self, reader: Wanted, limit: int, until: int | None = None) -> Read:
         """Return the next events for one reader, at most so many, none beyond a position."""
@@ -318,7 +381,7 @@ class Pages:
         logged: list[LoggedEvent] = []
         end, has_more = after, False
         if head > after:
-            logged, end, has_more = self._read([reader], limit, head)
+            logged, end, has_more = self._read([reader], after, limit, head)
         if until is not None and until < end:
             logged = [event for event in logged if event.position <= until]
             has_more, end = False, until
@@ -331,7 +394,8 @@ class Pages:
         (event,), _ = self._decode(logged)
         turn = Turn(fold, self)
         turn.park(at, self._keys_of(fold, event), error)
-        return self._write([turn], at.position)
+        turn.end(at.position, is_built=False)
+        return self._write([turn])
 
     def retry(self, fold: Fold[Any]) -> tuple[int, int]:
         """Fold what is parked, in order; return how many events were folded, and how many stay."""
@@ -405,13 +469,12 @@ class Pages:
         return [project(None, self._mapper.decode_all(streams[i])) for i in aggregate_ids]
 
     def _read(
-        self, folds: Sequence[Wanted], limit: int, head: int
+        self, folds: Sequence[Wanted], after: int, limit: int, head: int
     ) -> tuple[list[LoggedEvent], int, bool]:
         """Read a page: the log as it lies, or by topics where few of its events are wanted.
 
         Returns how far it reaches, too, and whether it is full.
         """
-        after = folds[0].checkpoint.position
         topics = frozenset[str]().union(*(fold.topics for fold in folds))
         is_sparse = all(fold.is_sparse for fold in folds)
         if is_sparse:
@@ -457,12 +520,12 @@ class Pages:
         except (UnknownTopicError, UnreadableEventError) as error:
             return Unreadable(at.aggregate_id, at.version, at.topic, error)
 
-    def _write(self, turns: Sequence[Turn[Any]], end: int, *, is_built: bool = False) -> bool:
-        changes = [turn.change() for turn in turns]
+    def _write(self, turns: Sequence[Turn[Any]], *, is_built: bool = False) -> bool:
+        changes, end = [turn.change() for turn in turns], turns[0].then.position
         if not self.views.write(changes, end, group=self._group(turns), is_built=is_built):
             return False
         for turn in turns:
-            turn.written(end, is_built=is_built)
+            turn.written()
         return True
 
     def _group(self, turns: Sequence[Turn[Any]]) -> Group | None:
@@ -519,6 +582,8 @@ class Pages:
             turn.take([logged], [event], is_whole=True)
             change, group = replace(turn.change(), released=letters), self._group([turn])
             is_done = self.views.write([change], at.position, group=group, is_fence=True)
+            if not (is_done or group is None or self._have_moved([again])):
+                raise ReactionConflictError(fold.reader.table)  # noqa: TRY301 - as above
         except Exception as error:
             if may_pass(error) or not is_poison(error):
                 raise

@@ -239,7 +239,7 @@ class _Rebuild:
         while not await self._in_thread(self._take):
             if self._platform.monotonic() > latest:
                 raise ViewBusyError(self._anew.table)
-            await self._platform.sleep(SOON)
+            await self._platform.sleep(RENEWED)
 
     def _take(self) -> bool:
         views, anew = self._views, self._anew

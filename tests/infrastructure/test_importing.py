@@ -252,9 +252,7 @@ def test_the_real_sales_are_imported_exactly(shared_url):
             ]
             snapshots = runtime._store.log.snapshots([Item.id_of("22423")])
             views = runtime._store.views
-            shown = {
-                view: dict(views.select(view, None, None)) for view in item_model.projections
-            }
+            shown = {view: dict(views.select(view, None, None)) for view in item_model.projections}
             rebuilt = [await runtime.rebuild(view.name) for view in item_model.projections]
             return row, rows, counted, snapshots, shown, rebuilt
 

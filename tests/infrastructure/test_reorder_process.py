@@ -31,6 +31,7 @@ from leftfold.application.items import (
     reorder_watch,
     shop_model,
 )
+from leftfold.application.ports import Group, Save
 from leftfold.domain import (
     ALWAYS,
     Aggregate,
@@ -600,3 +601,21 @@ async def test_two_versions_that_run_side_by_side_react_once(shared_url, registe
             (await shop.catch_up()).unwrap()
             assert await shop.dead_letters("reorder_watch") == ()
         assert check(old) > 4
+
+
+async def test_a_reaction_that_others_contradict_for_good_is_parked(store_url, register, sell):
+    async with Runtime(shop_model, store_url) as shop:
+        mapper = shop._parts.mapper
+        taken = Reorder.open("A", 1, 0, 0)  # by somebody who is not the process
+        (event,) = taken.collect_events()
+        stored = mapper.encode(event)
+        save = Save(uuid4(), "Other", [stored], ((stored.aggregate_id, 1),), None)
+        shop._store.log.commit([Group([save])])
+        (await shop.commands.dispatch(register("A", 0))).unwrap()
+        (await shop.commands.dispatch(register("B", 5))).unwrap()
+        (await shop.catch_up(20)).unwrap()
+        (letter,) = await shop.dead_letters("reorder_watch")
+        assert letter.key == Item.id_of("A").hex
+        assert "ReactionConflictError" in letter.error
+        tried = await shop.retry("reorder_watch")
+        assert (tried.released, tried.kept) == (0, 1)
