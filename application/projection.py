@@ -126,6 +126,13 @@ class Projection(Generic[R]):
         derived._evolve, derived._keyed = dict(self._evolve), set(self._keyed)
         return derived
 
+    def folds_as(self, other: Projection[Any]) -> bool:
+        """Tell whether it makes the same rows of the same events as another."""
+        mine, theirs = (
+            (p.row, p.where, p.key, p.keys, p._evolve, p._keyed, p.on_poison) for p in (self, other)
+        )
+        return mine == theirs
+
     @property
     def columns(self) -> tuple[str, ...]:
         """The names of the row's fields, in order."""

@@ -39,7 +39,9 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.05, 5.0
 """Seconds to wait after a failing database, at first and at most."""
 FIRST_PAGE = 1_000
 """Events in the first page; later ones are as long as they may take."""
-GROWTH = 2.0
+GROWTH = 4.0
+UNSEEN = 3
+"""How many times longer a page may take while its view is built."""
 SMOOTHING = 0.3
 """How much of a rate is the last page's."""
 MAX_DEAD_LETTERS = 10_000
@@ -490,7 +492,9 @@ class Follower:
             self.wake()  # there may be events of its own
         reader.note_rate(outcome.events, seconds)
         if outcome.has_more:
-            allowed = limit * self._page_seconds / max(seconds, 1e-6)
+            # Nobody looks at what is built, and who has to wait for it had better wait less.
+            target = self._page_seconds * (1 if reader.checkpoint.is_built else UNSEEN)
+            allowed = limit * target / max(seconds, 1e-6)
             grown = min(allowed, limit * GROWTH, self._page_size)
             reader.limit = max(1, int(grown))
         self._paged(reader.reader, outcome.events, seconds)

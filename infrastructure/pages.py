@@ -38,6 +38,7 @@ from leftfold.infrastructure.errors import (
     ReactionConflictError,
     ViewBusyError,
 )
+from leftfold.infrastructure.platform import collector_paused
 from leftfold.infrastructure.rows import storable
 
 R = TypeVar("R")
@@ -83,13 +84,19 @@ class Fold(Generic[R]):
         self.rows: dict[str, R | None] = {}
         self.parked: set[str] | None = None
         """Keys that have dead letters; None if it is not known."""
+        self.is_complete = False
+        """All rows of the view are at hand."""
+        self.kin: object = None
+        """What those share that fold the same, and began together: equally far they are equal."""
         self.conflicts = 0
         """Pages in a row whose reactions others have contradicted."""
 
     def adopt(self, found: Checkpoint) -> None:
         """Go on from a checkpoint: what is remembered holds only where it was left."""
         if found[:2] != self.checkpoint[:2]:
-            self.rows.clear()
+            self.rows = {}
+            self.kin = None
+            self.is_complete = found.position == 0
             self.parked = None
         self.checkpoint = found
 
@@ -98,6 +105,7 @@ class Fold(Generic[R]):
         kept = self.rows
         kept.update(rows)
         if len(kept) > 2 * CACHED_ROWS:
+            self.is_complete = False
             for key in list(islice(kept, len(kept) - CACHED_ROWS)):
                 del kept[key]
 
@@ -121,6 +129,8 @@ class Turn(Generic[R]):
         self.parked: list[DeadLetter] = []
         self.events: list[Event] = []
         self.reactions: Reactions | None = None
+        self.leader: Turn[Any] | None = None
+        """One that folds the same rows."""
         self._pages = pages
         self._parked: set[str] = pages.parked(fold) if before is None else set(before._parked)
         if fold.process is not None:
@@ -177,8 +187,10 @@ class Turn(Generic[R]):
                     missing.append(key)
                 else:
                     rows[key] = row
-        loaded = self._pages.views.load(self.fold.reader, missing) if missing else {}
-        return {**rows, **loaded}
+        if missing and not self.fold.is_complete:
+            loaded = self._pages.views.load(self.fold.reader, missing)
+            return {**rows, **loaded}
+        return rows
 
     def _put_aside(self, logged: Sequence[LoggedEvent], events: Sequence[Any]) -> Iterator[Event]:
         """Park what cannot be read, and what would change rows that have something parked."""
@@ -338,22 +350,34 @@ class Pages:
             logged = [event for event in logged if event.position <= until]
             end, is_full = until, True
         earlier = {} if before is None else {turn.fold: turn for turn in before.turns}
+        _pair(folds)
         turns = [Turn(fold, self, earlier.get(fold)) for fold in folds]
+        _lead(turns)
         failed: dict[object, Exception] = {}
         for begin in range(0, len(logged), CHUNK):
-            chunk = logged[begin : begin + CHUNK]
-            events, is_whole = self._decode(chunk)
-            for turn in turns.copy():
-                try:
-                    turn.take(chunk, events, is_whole=is_whole)
-                except Exception as error:
-                    if may_pass(error):
-                        raise
-                    failed[turn.fold] = error
-                    turns.remove(turn)
+            with collector_paused():
+                self._take(turns, logged[begin : begin + CHUNK], failed)
         for turn in turns:
             turn.end(end, is_built=end >= head)
         return Prepared(turns, len(logged), end, is_full, max(head, end), failed)
+
+    def _take(
+        self,
+        turns: list[Turn[Any]],
+        logged: Sequence[LoggedEvent],
+        failed: dict[object, Exception],
+    ) -> None:
+        """Fold some events; who cannot leaves the turns."""
+        events, is_whole = self._decode(logged)
+        for turn in [turn for turn in turns if turn.leader is None]:
+            try:
+                turn.take(logged, events, is_whole=is_whole)
+            except Exception as error:
+                if may_pass(error):
+                    raise
+                for one in [t for t in turns if turn in (t, t.leader)]:
+                    failed[one.fold] = error
+                    turns.remove(one)
 
     def write(self, prepared: Prepared) -> Outcome:
         """Write what was folded, unless others have come between."""
@@ -363,8 +387,8 @@ class Pages:
         if not is_lost and turns:
             is_lost = not self._write(turns, is_built=end >= head)
             if is_lost and self._has_conflict(turns[0].fold, events):
-                fold = turns[0].fold
-                failed, is_lost = {fold: ReactionConflictError(fold.reader.table)}, False
+                conflict = ReactionConflictError(turns[0].fold.reader.table)
+                failed, is_lost = {turns[0].fold: conflict}, False
         return Outcome(events, has_more, is_lost, head, failed)
 
     def _has_conflict(self, fold: Fold[Any], events: int) -> bool:
@@ -625,6 +649,30 @@ class InlineViews:
                 if outcome.is_lost:
                     raise ViewBusyError(projection.table)
                 has_more = outcome.has_more
+
+
+def _pair(folds: Sequence[Fold[Any]]) -> None:
+    """Notice views that fold the same, where they begin."""
+    found: list[Fold[Any]] = []
+    for fold in folds:
+        at = fold.checkpoint
+        if at.position or at.dead_letters or fold.process or fold.reader.writes:
+            continue
+        alike = (other.kin for other in found if other.reader.folds_as(fold.reader))
+        fold.kin = next(alike, None) or object()
+        found.append(fold)
+
+
+def _lead(turns: Sequence[Turn[Any]]) -> None:
+    """Let turns have the rows of one that folds the same."""
+    leaders: dict[object, Turn[Any]] = {}
+    for turn in turns:
+        if turn.fold.kin is None:
+            continue
+        leader = leaders.setdefault((turn.fold.kin, turn.fold.policy), turn)
+        if leader is not turn:
+            turn.leader = leader
+            turn.rows, turn.parked, turn._parked = leader.rows, leader.parked, leader._parked
 
 
 def _by_position(letters: Iterable[DeadLetter]) -> Iterator[tuple[int, list[DeadLetter]]]:

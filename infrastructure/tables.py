@@ -12,7 +12,7 @@ from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from enum import Enum
 from functools import cached_property, lru_cache
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -125,6 +125,10 @@ _POSTGRES_KINDS: Mapping[type, _Kind] = {
 }
 
 
+Encoded: TypeAlias = list[tuple[Any, list[object]]]
+"""Rows with their values as a table keeps them: the key, the columns, whether it is a member."""
+
+
 class _After(Enum):
     """What the row that a query goes on after has in the order's column."""
 
@@ -214,13 +218,14 @@ class ViewTable(Generic[R]):
 
     @cached_property
     def upsert_json(self) -> str:
-        """PostgreSQL: insert or change rows, given as one JSON array of [key, member, row]."""
+        """PostgreSQL: insert or change rows, given as one JSON array of objects."""
         names = ", ".join(f'"{c.name}"' for c in self.table.c)
-        fields = ", ".join(f'r."{name}"' for name in self.projection.columns)
+        kinds = ", ".join(
+            f'"{c.name}" {c.type.compile(dialect=self.dialect)}' for c in self.table.c
+        )
         return (
             f'INSERT INTO "{self.table.name}" ({names}) '
-            f"SELECT e->>0, {fields}, (e->>1)::boolean FROM json_array_elements(%s::json) AS e, "
-            f'json_populate_record(NULL::"{self.table.name}", e->2) AS r ' + self.on_conflict
+            f"SELECT {names} FROM json_to_recordset(%s::json) AS r ({kinds}){self.on_conflict}"
         )
 
     @cached_property
@@ -256,18 +261,25 @@ class ViewTable(Generic[R]):
             f"{put} WHERE NOT EXISTS ({there})",
         )
 
-    def encode(self, key: str, row: R) -> list[object]:
-        """Return a row's values in the table's order. Raises `ValueOutOfRangeError`."""
-        return [key, *self._shape.encode(key, row), self.projection.shows(row)]
+    def encode(self, rows: Mapping[str, R | None], known: Encoded | None = None) -> Encoded:
+        """Return rows, without those that are none, with their values in the table's order.
 
-    def encode_json(self, rows: Mapping[str, R]) -> str:
-        """Return rows as the JSON that `upsert_json` takes. Raises `ValueOutOfRangeError`."""
-        names, encode, shows = self.projection.columns, self._shape.encode, self.projection.shows
-        document = [
-            (key, shows(row), dict(zip(names, encode(key, row), strict=True)))
+        Of rows that a table with the same columns has encoded, only membership is told anew.
+        Raises `ValueOutOfRangeError`.
+        """
+        shows, encode = self.projection.shows, self._shape.encode
+        if known is not None:
+            return [(row, [*values[:-1], shows(row)]) for row, values in known]
+        return [
+            (row, [key, *encode(key, row), shows(row)])
             for key, row in rows.items()
+            if row is not None
         ]
-        return to_json(document).decode()
+
+    def dump(self, encoded: Encoded) -> str:
+        """Return encoded rows as the JSON that `upsert_json` takes."""
+        names = [c.name for c in self.table.c]
+        return to_json([dict(zip(names, values, strict=True)) for _, values in encoded]).decode()
 
     def decode(self, values: Iterable[Any]) -> R:
         """Make a row of the values of its columns."""

@@ -12,10 +12,11 @@ import sqlalchemy as sa
 from eventsourcing.persistence import Notification, StoredEvent
 
 from leftfold.application import Projection
+from leftfold.application.checkpoints import Change
 from leftfold.application.errors import NotUnique
 from leftfold.application.ports import EncodedEvent, Failed, Group, LoggedEvent, Stale, Verdict
 from leftfold.domain.personal import Keys
-from leftfold.infrastructure.tables import ViewTable, unique_index
+from leftfold.infrastructure.tables import Encoded, ViewTable, unique_index
 
 R = TypeVar("R")
 
@@ -140,6 +141,19 @@ class Tables:
             table = ViewTable(projection, self.dialect, self._keys)
             self._tables[projection.table] = table
         return table
+
+    def encode(self, changes: Sequence[Change]) -> list[Encoded]:
+        """Encode the rows of a page, before any lock is taken; those that views share, once."""
+        shared: dict[tuple[int, type], Encoded] = {}
+        found: list[Encoded] = []
+        for change in changes:
+            reader, encoded = change.reader, Encoded()
+            if isinstance(reader, Projection) and change.rows:
+                same = (id(change.rows), reader.row)
+                encoded = self.table(reader).encode(change.rows, shared.get(same))
+                shared[same] = encoded
+            found.append(encoded)
+        return found
 
     @abstractmethod
     def load(self, projection: Projection[R], keys: Sequence[str]) -> dict[str, R]: ...

@@ -84,7 +84,7 @@ from leftfold.infrastructure.stores.postgres_schema import (
 )
 from leftfold.infrastructure.stores.readers import ABSENT, check_unchanged
 from leftfold.infrastructure.stores.verdicts import is_written, refused
-from leftfold.infrastructure.tables import POSTGRES, ViewTable
+from leftfold.infrastructure.tables import POSTGRES, Encoded, ViewTable
 
 R = TypeVar("R")
 Cursor = psycopg.Cursor[TupleRow]
@@ -563,7 +563,7 @@ class PostgresViews(Tables):
         is_built: bool = False,
         is_fence: bool = False,
     ) -> bool:
-        documents = [self._encoded(change) for change in changes]
+        documents = list(map(self._dumped, changes, self.encode(changes)))
         try:
             with self._database.writing() as cursor:
                 if group is None:
@@ -583,11 +583,10 @@ class PostgresViews(Tables):
             return False
         return True
 
-    def _encoded(self, change: Change) -> str:
-        changed = {key: row for key, row in change.rows.items() if row is not None}
-        if not changed or not isinstance(change.reader, Projection):
+    def _dumped(self, change: Change, encoded: Encoded) -> str:
+        if not encoded or not isinstance(change.reader, Projection):
             return ""
-        return self.table(change.reader).encode_json(changed)
+        return self.table(change.reader).dump(encoded)
 
     def _write(self, cursor: Cursor, change: Change, document: str) -> None:
         reader = change.reader

@@ -735,7 +735,7 @@ class SQLiteViews(Tables):
         is_built: bool = False,
         is_fence: bool = False,
     ) -> bool:
-        rows = [self._encoded(change) for change in changes]
+        rows = [[values for _, values in encoded] for encoded in self.encode(changes)]
         size = sum(map(len, rows))
         try:
             # Rows and checkpoint share the transaction: if it is lost, the page is folded again.
@@ -751,12 +751,6 @@ class SQLiteViews(Tables):
         except _Moved:
             return False
         return True
-
-    def _encoded(self, change: Change) -> list[list[object]]:
-        if not isinstance(change.reader, Projection):
-            return []
-        encode = self.table(change.reader).encode
-        return [encode(key, row) for key, row in change.rows.items() if row is not None]
 
     def _write(
         self, connection: sqlite3.Connection, change: Change, rows: list[list[object]]
