@@ -30,6 +30,7 @@ bench: $(VENV)/.installed ## ratios against plain eventsourcing, in one run
 	$(BIN)/python benchmarks/many_callers.py
 	$(BIN)/python benchmarks/dispatch.py
 	$(BIN)/python benchmarks/specifications.py
+	$(BIN)/python benchmarks/projections.py
 	$(BIN)/python benchmarks/shop_import.py
 
 clean:

@@ -21,14 +21,19 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from _measure import PRICE, QUICK, WHEN, PlainItem, PlainItems, plain_items, stores
 from eventsourcing.persistence import IntegrityError
 
-from leftfold.application.items import FindItems, RegisterItem, SellStock
+from leftfold.application.items import (
+    FindItems,
+    RegisterItem,
+    SellStock,
+    item_model,
+    item_stock,
+)
 from leftfold.infrastructure import Runtime, Settings
-from leftfold.infrastructure.items import open_items
 
 CALLERS, RIVALS, ITEMS, STOCK = 32, 4, 200, 10**6
 PACE = 100  # sales of all rivals in a second
@@ -36,6 +41,7 @@ OURS, PLAIN = (20, 4) if QUICK else (200, 12)  # commands of each caller in a ro
 ROUNDS = 2 if QUICK else 5
 SKUS = [f"S{n}" for n in range(ITEMS)]
 TARGETS = {"postgresql": ("18x", "9x"), "sqlite": ("6x", "")}
+ONE_VIEW = replace(item_model, projections=(item_stock,))
 FORK = multiprocessing.get_context("spawn")
 
 
@@ -88,7 +94,7 @@ def compare(name: str, new_store: Callable[[], str], target: str, pause: float |
 def our_side(url: str, pause: float | None) -> Iterator[Callable[[], Turn]]:
     sold = 0
     with asyncio.Runner() as runner:
-        shop = runner.run(open_items(settings=Settings(store=url, follow=False)).open())
+        shop = runner.run(Runtime(ONE_VIEW, settings=Settings(store=url, follow=False)).open())
         try:
             runner.run(register(shop))
             with beside(our_rival, url, pause) as sell_beside:
@@ -245,7 +251,7 @@ def beside(rival: Rival, url: str, pause: float | None) -> Iterator[Beside]:
 
 def our_rival(url, pause, go, idle, is_over, counted) -> None:  # type: ignore[no-untyped-def]  # multiprocessing's own kinds
     async def sell() -> None:
-        async with open_items(settings=Settings(store=url, follow=False)) as shop:
+        async with Runtime(ONE_VIEW, settings=Settings(store=url, follow=False)) as shop:
             choose = random.Random(99)
 
             async def caller() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import re
 from contextlib import asynccontextmanager
@@ -33,7 +34,7 @@ from leftfold.domain.items import ItemRegistered, ItemRenamed, StockReceived, St
 from leftfold.infrastructure import Runtime, Settings
 from leftfold.infrastructure.items import open_items
 from leftfold.infrastructure.pages import Fold, Pages
-from leftfold.infrastructure.platform import SystemPlatform
+from leftfold.infrastructure.platform import SystemPlatform, collector_paused
 from leftfold.infrastructure.stores import make_store
 
 pytestmark = pytest.mark.anyio
@@ -403,3 +404,82 @@ async def test_a_process_that_only_watches_sees_what_another_folds_soon(shared_u
             while watcher.health().projections[0].position < sold.position:
                 assert monotonic() - begun < 0.5
                 await asyncio.sleep(0.005)
+
+
+# What views share ------------------------------------------------------------------------------
+
+
+def seen(calls, fails_on=()):
+    """A view that notes what it folds, and one that shows other rows of the same."""
+    view = Projection("seen", version=1, row=Flow)
+
+    @view.on(StockSold)
+    def sold(row, event):
+        calls.append(event.invoice)
+        if event.quantity in fails_on:
+            raise ZeroDivisionError
+        return Flow(event.country, (row.sold if row else 0) + event.quantity, 1)
+
+    return view, view.derive("much", version=1, specification=attr("sold") > 5)
+
+
+async def shown(shop, view):
+    (await shop.catch_up()).unwrap()
+    return sorted(row.sold for _, row in shop._store.views.select(view, None, None))
+
+
+async def test_views_that_fold_the_same_from_the_beginning_are_folded_once(
+    store_url, register, sell
+):
+    calls = []
+    every, much = seen(calls)
+    async with opened(store_url, every, much) as shop:
+        await shop.commands.dispatch_all([register("A", 100), register("B", 100)])
+        (await shop.catch_up()).unwrap()
+        for quantity in (2, 3, 4):
+            await shop.commands.dispatch_all([sell("A", quantity), sell("B", 1)])
+            (await shop.catch_up()).unwrap()
+        assert (await shown(shop, every), await shown(shop, much)) == ([3, 9], [9])
+    assert len(calls) == 6
+
+
+async def test_views_that_fold_the_same_and_were_treated_differently_stay_different(
+    store_url, register, sell
+):
+    fails_on = {7}
+    every, much = seen([], fails_on)
+    async with opened(store_url, every, much) as shop:
+        await shop.commands.dispatch(register("A", 100))
+        await shop.commands.dispatch_all([sell("A", 6), sell("A", 7), sell("A", 1)])
+        assert (await shown(shop, every), await shown(shop, much)) == ([6], [6])
+        await shop.drop_dead_letters("seen")
+        fails_on.clear()
+        await shop.retry("much")
+        await shop.commands.dispatch(sell("A", 2))
+        assert (await shown(shop, every), await shown(shop, much)) == ([8], [16])
+
+
+async def test_after_a_restart_views_go_on_from_their_own_rows(shared_url, register, sell):
+    for _ in range(2):
+        every, much = seen([])
+        async with opened(shared_url, every, much) as shop:
+            await shop.commands.dispatch(register("A", 100))
+            await shop.commands.dispatch(sell("A", 4))
+            await shown(shop, every)
+    async with opened(shared_url, every, much) as shop:
+        assert (await shown(shop, every), await shown(shop, much)) == ([8], [8])
+
+
+def test_the_collector_runs_again_after_a_page_and_stays_off_where_it_was_off():
+    with collector_paused():
+        with collector_paused():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with collector_paused():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
