@@ -69,6 +69,8 @@ class Followed:
         self.failure: LeftfoldError | None = None
         """Why it stopped, if it did."""
         self.is_mine = False
+        self.is_looked_through = False
+        """Its dead letters were looked through since it is this process's."""
         self.is_busy = False
         self.is_due = True
         self.is_alone = False
@@ -310,11 +312,29 @@ class Follower:
             pause = 0.0
             self._found(head, found, turns)
             self._hint.set()
+            await self._retry_known()
             is_urgent = any(r.is_waited_for and not r.is_mine for r in self.readers.values())
             if not is_urgent and not self._look_hint.is_set():
                 await self._sleep(self._look_hint, IDLE)
             else:
                 await self._platform.sleep(SOON)  # one look for many commits
+
+    async def _retry_known(self) -> None:
+        """Take in what was put aside by a release that did not know it, once we have its reader."""
+        for reader in self.readers.values():
+            is_new, reader.is_looked_through = not reader.is_looked_through, reader.is_mine
+            work = reader.work
+            if (
+                reader.is_mine
+                and is_new
+                and isinstance(work, Fold)
+                and work.checkpoint.dead_letters
+            ):
+                again = Fold(work.reader, work.process)
+                try:
+                    await self._platform.in_thread(self._pages.retry_known, again)
+                except Exception as error:  # noqa: BLE001 - it can be asked for, too
+                    _log.warning("%s: nothing is tried again: %s", _name(reader), described(error))
 
     def _ask(self, holds: bool = False) -> tuple[int, list[Checkpoint]]:  # noqa: FBT001, FBT002 - as a thread takes it
         followed = [reader for reader in self.readers.values() if not reader.is_local]

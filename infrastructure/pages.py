@@ -447,6 +447,13 @@ class Pages:
             released, kept = released + (not still), kept + bool(still)
         raise ViewBusyError(reader.table)
 
+    def retry_known(self, fold: Fold[Any]) -> None:
+        """Fold what is parked if something of it was of an unknown type, and is not any more."""
+        letters = self.views.dead_letters(fold.reader)
+        unknown = [each for each in letters if each.error == str(UnknownTopicError(each.topic))]
+        if any(letter.topic in self._known for letter in unknown):
+            self.retry(fold)
+
     def drop(self, reader: Movable, position: int | None = None) -> int:
         """Give up what is parked, or one event of it; return how many events."""
         found = self.views.dead_letters(reader.reader)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from uuid import uuid4
 
 import pytest
+from eventsourcing.persistence import JSONTranscoder
 
-from leftfold.application import InvalidModelError, Projection, ViewStopped
+from leftfold.application import EventMapper, InvalidModelError, Projection, ViewStopped
 from leftfold.application.items import GetItem, item_model, item_stock
 from leftfold.application.ports import EncodedEvent, Group, Save
+from leftfold.domain import Aggregate, Event
 from leftfold.domain.items import Item, ItemRegistered, StockReceived, StockSold
 from leftfold.infrastructure import Runtime, Settings, follower
 
@@ -212,6 +216,39 @@ async def test_an_event_of_an_unknown_type_is_parked_and_all_else_goes_on(
         assert await rows(shop, view) == {"A": 1, "B": 0}
         (letter,) = await shop.dead_letters("sales")
         assert (letter.key, letter.topic) == (Item.id_of("B").hex, "of.another.release")
+
+
+async def test_a_release_that_knows_a_type_takes_in_what_an_older_one_put_aside(
+    shared_url, register, sell
+):
+    class Counted(Event, topic="test.counted"):
+        quantity: int
+
+    class Count(Aggregate, topic="test.count", events=(Counted,)):
+        pass
+
+    def counting(*event_types):
+        view = sales(Fault())
+        for event_type in event_types:
+            view.on(event_type)(lambda row, event: Sales("counted", event.quantity))
+        return view
+
+    async with opened(shared_url, counting()) as shop:
+        await shop.commands.dispatch(register("A", 100))
+        counted = Counted(quantity=3)
+        counted.stamp(Count.id_of("x"), 1, datetime.now(UTC))
+        event = EventMapper.of(Count)(JSONTranscoder()).encode(counted)
+        save = Save(uuid4(), "Other", [event], ((event.aggregate_id, 1),), None)
+        shop._store.log.commit([Group([save])])
+        await rows(shop, counting())
+        assert len(await shop.dead_letters("item_stock")) == 1
+    model = replace(item_model, aggregates=(*item_model.aggregates, Count))
+    async with Runtime(model, shared_url) as shop:
+        for _ in range(200):
+            if not await shop.dead_letters("item_stock"):
+                break
+            await asyncio.sleep(0.02)
+        assert await shop.dead_letters("item_stock") == ()
 
 
 async def test_views_that_are_to_halt_do_so_before_an_event_of_an_unknown_type(
