@@ -324,17 +324,14 @@ class Follower:
         for reader in self.readers.values():
             is_new, reader.is_looked_through = not reader.is_looked_through, reader.is_mine
             work = reader.work
-            if (
-                reader.is_mine
-                and is_new
-                and isinstance(work, Fold)
-                and work.checkpoint.dead_letters
-            ):
-                again = Fold(work.reader, work.process)
-                try:
+            if not (reader.is_mine and is_new and isinstance(work, Fold)):
+                continue
+            try:
+                if work.checkpoint.dead_letters:
+                    again = Fold(work.reader, work.process)
                     await self._platform.in_thread(self._pages.retry_known, again)
-                except Exception as error:  # noqa: BLE001 - it can be asked for, too
-                    _log.warning("%s: nothing is tried again: %s", _name(reader), described(error))
+            except Exception as error:  # noqa: BLE001 - it can be asked for, too
+                _log.warning("%s: nothing is tried again: %s", _name(reader), described(error))
 
     def _ask(self, holds: bool = False) -> tuple[int, list[Checkpoint]]:  # noqa: FBT001, FBT002 - as a thread takes it
         followed = [reader for reader in self.readers.values() if not reader.is_local]
