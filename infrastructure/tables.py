@@ -278,7 +278,7 @@ class ViewTable(Generic[R]):
 
     def dump(self, encoded: Encoded) -> str:
         """Return encoded rows as the JSON that `upsert_json` takes."""
-        names = [c.name for c in self.table.c]
+        names = ("key", *self.projection.columns, "member")
         return to_json([dict(zip(names, values, strict=True)) for _, values in encoded]).decode()
 
     def decode(self, values: Iterable[Any]) -> R:

@@ -16,6 +16,7 @@ from leftfold.application.checkpoints import Change
 from leftfold.application.errors import NotUnique
 from leftfold.application.ports import EncodedEvent, Failed, Group, LoggedEvent, Stale, Verdict
 from leftfold.domain.personal import Keys
+from leftfold.infrastructure.platform import collector_paused
 from leftfold.infrastructure.tables import Encoded, ViewTable, unique_index
 
 R = TypeVar("R")
@@ -150,7 +151,8 @@ class Tables:
             reader, encoded = change.reader, Encoded()
             if isinstance(reader, Projection) and change.rows:
                 same = (id(change.rows), reader.row)
-                encoded = self.table(reader).encode(change.rows, shared.get(same))
+                with collector_paused():
+                    encoded = self.table(reader).encode(change.rows, shared.get(same))
                 shared[same] = encoded
             found.append(encoded)
         return found

@@ -162,6 +162,14 @@ def test_of_two_processes_exactly_one_folds_for_longer_than_a_lease(pair):
         sleep(0.2)
 
 
+def test_an_owner_that_has_nothing_to_do_stays_the_owner(pair):
+    owner, watcher = pair
+    begun = monotonic()
+    while monotonic() - begun < LEASE + 1.5:
+        assert (asked(owner, "states"), asked(watcher, "states")) == ("live", "watched")
+        sleep(0.05)
+
+
 def test_when_the_owner_is_killed_the_other_takes_over_within_five_seconds(pair):
     owner, watcher = pair
     sale(owner)

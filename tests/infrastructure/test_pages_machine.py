@@ -34,12 +34,11 @@ from hypothesis.stateful import (
 )
 
 from leftfold.application import EventMapper, Projection
-from leftfold.application.checkpoints import Change
 from leftfold.application.ports import EncodedEvent, Group, Save
 from leftfold.domain import attr
 from leftfold.domain.items import Item, ItemRenamed, StockReceived, StockReturned, StockSold
 from leftfold.infrastructure import pages
-from leftfold.infrastructure.pages import Fold, Pages
+from leftfold.infrastructure.pages import Fold, Pages, Prepared
 from leftfold.infrastructure.platform import SystemPlatform
 from leftfold.infrastructure.settings import load_settings
 from leftfold.infrastructure.stores import SharedLog, make_store
@@ -50,7 +49,8 @@ STEPS = 25
 NOW = datetime(2011, 12, 9, 12, 50, tzinfo=UTC)
 ITEMS = tuple(UUID(int=n) for n in range(1, 4))
 COUNTRIES = ("AB", "BA", "AA", "BC")
-NAMES = ("flows", "routes", "counts")
+FAULTY = ("flows", "routes", "counts")
+NAMES = (*FAULTY, "trickles")
 KEYS = (*COUNTRIES, "A", "B", "C", *(item.hex for item in ITEMS))
 LONG = 30.0
 """Seconds of a lease that does not run out in a test."""
@@ -80,7 +80,7 @@ class Trail:
 
 
 class Faults:
-    """The events that projections cannot fold, by the projections' names, until it is mended."""
+    """The events that views cannot fold, by the views' names, until they are mended."""
 
     def __init__(self):
         self.events = defaultdict(set)
@@ -108,7 +108,10 @@ def following(faults, name):
 
 
 def views(faults):
-    """Return views whose rows belong to several aggregates, to two at a time, and to one each."""
+    """Return views whose rows belong to several aggregates, to two at a time, and to one each.
+
+    Two of them fold the same rows, and show others of them.
+    """
     flows = Projection(
         "flows",
         version=1,
@@ -119,12 +122,13 @@ def views(faults):
     )
     flows.on(StockSold)(following(faults, "flows"))
     flows.on(StockReturned)(following(faults, "flows"))
+    trickles = flows.derive("trickles", version=1, specification=attr("total") <= 4)
     routes = Projection("routes", version=1, row=Trail, keys=lambda event: tuple(event.country))
     routes.on_each(StockSold)(following(faults, "routes"))
     counts = Projection("counts", version=1, row=Trail, specification=attr("total") < 20)
     for event_type in (StockSold, StockReturned, StockReceived):
         counts.on(event_type)(following(faults, "counts"))
-    return {view.name: view for view in (flows, routes, counts)}
+    return {view.name: view for view in (flows, trickles, routes, counts)}
 
 
 # The store, step by step ----------------------------------------------------------------------
@@ -151,22 +155,27 @@ class Stepped:
         return call
 
 
-class Statements:
-    """A table of the views' own, which is written in the pages' transactions."""
+class Database:
+    """A database, as it is reached beside the stores; it has a table that a view writes itself."""
 
     def __init__(self, url):
         if url.startswith("sqlite:"):
-            self._connection = sqlite3.connect(
-                url.removeprefix("sqlite:///"), isolation_level=None, timeout=5
-            )
+            path = url.removeprefix("sqlite:///")
+            self._connection = sqlite3.connect(path, isolation_level=None, timeout=5)
             self.insert = "INSERT INTO told VALUES (?, ?)"
         else:
             self._connection = psycopg.connect(url, autocommit=True)
             self.insert = "INSERT INTO told VALUES (%s, %s)"
         self._connection.execute("CREATE TABLE told (item int, version int)")
 
-    def forget(self):
-        self._connection.execute("DELETE FROM told")
+    def empty(self, views):
+        ours = ("stored_events", "leftfold_commands", "leftfold_dead_letters", "told")
+        for table in (*ours, *(view.table for view in views)):
+            self._connection.execute(f"DELETE FROM {table}")
+        self._connection.execute(
+            "UPDATE leftfold_checkpoints SET position = 0, owner = NULL, lease = NULL, "
+            "built = (1 = 1)"
+        )
 
     def told(self):
         return Counter(self._connection.execute("SELECT item, version FROM told").fetchall())
@@ -176,51 +185,45 @@ class Statements:
 
 
 class World:
-    """The stores of one database, which the examples share; each goes on where the last ended."""
+    """The stores of one database, which the examples share; each begins with an empty one."""
 
     def __init__(self, url):
         self.faults = Faults()
         self.views = views(self.faults)
         self.platform = SystemPlatform()
         self.in_transaction = lambda: None
-        self.stores = [
-            make_store(load_settings(store=url)) for _ in range(1 if url == "memory:" else 2)
-        ]
-        self.statements = None
+        self._url = url
+        self.database = None
         if url != "memory:":
-            self.views["flows"].executing(self._execute)
-        for store in self.stores:
-            store.open(tuple(self.views.values()), create_tables=True)
-        if url != "memory:":
-            self.statements = Statements(url)
-        self.log, self.store = self.stores[0].log, self.stores[0].views
-        self.mapper = SharedLog(self.log).mapper(mapper_class=EventMapper.of(Item))
-        self.versions = Counter()
+            self.views["counts"].executing(self._execute)
+            self.stores = [self._opened(), self._opened()]
+            self.database = Database(url)
+
+    def _opened(self):
+        store = make_store(load_settings(store=self._url))
+        store.open(tuple(self.views.values()), create_tables=True)
+        return store
 
     def _execute(self, execute, events):
         for event in events:
-            execute(self.statements.insert, named(event))
+            execute(self.database.insert, named(event))
         self.in_transaction()
 
     def begin_anew(self):
-        """Empty the views, and return the position at which they begin."""
         self.in_transaction = lambda: None
         self.faults.events.clear()
-        begun = self.log.head()
-        for number in range(RUNNERS + 1):
-            self.store.release(f"{number}")
-        for view in self.views.values():
-            (at,) = self.store.checkpoints([view])
-            change = Change(view, at, dict.fromkeys(KEYS), released=self.store.dead_letters(view))
-            assert self.store.write([change], begun, is_built=True, is_fence=True)
-        if self.statements is not None:
-            self.statements.forget()
-        return begun
+        self.versions = Counter()
+        if self.database is None:
+            self.stores = [self._opened()]
+        else:
+            self.database.empty(self.views.values())
+        self.log, self.store = self.stores[0].log, self.stores[0].views
+        self.mapper = SharedLog(self.log).mapper(mapper_class=EventMapper.of(Item))
 
     def close(self):
         self.platform.close()
-        if self.statements is not None:
-            self.statements.close()
+        if self.database is not None:
+            self.database.close()
         for store in self.stores:
             store.close()
 
@@ -267,7 +270,8 @@ class Runner:
         for fold, at in zip(self.folds.values(), found, strict=True):
             fold.adopt(at)
 
-    def page(self, name, size, *, is_shared):
+    def page(self, name, size, *, is_shared, ahead=None):
+        """Fold a page, and those that follow on it: the next one before it is written, or after."""
         first = self.folds[name]
         group = [
             fold
@@ -280,7 +284,24 @@ class Runner:
             )
         ]
         limit = min(size, self.limits.get(name, size))
-        outcome = self.pages.fold(group, limit)
+        pages = self.pages
+        if ahead is None:
+            self._see_to(pages.fold(group, limit), group, limit)
+            return
+        page = pages.begin(group, limit)
+        while isinstance(page, Prepared):
+            follows = page.has_more and not page.failed
+            after = pages.prepare(group, limit, page) if follows and ahead == "before" else None
+            outcome = pages.write(page)
+            self._see_to(outcome, group, limit)
+            if not follows or outcome.is_lost:
+                return
+            page = after or pages.prepare(group, limit, page)
+            if page.failed:
+                return
+        self._see_to(page, group, limit)
+
+    def _see_to(self, outcome, group, limit):
         if outcome.is_lost:
             self.look()
             return
@@ -325,11 +346,13 @@ class Entry:
 class Model:
     """What is to be found of one view, and what may become of it."""
 
-    def __init__(self, view, faults, log, begun, epoch):
+    def __init__(self, view, faults, log, at):
         self.view = view
+        self.cause = "flows" if view.name == "trickles" else view.name
+        """In whose name it fails."""
         self.faults = faults
         self.log = log
-        self.position, self.epoch = begun, epoch
+        self.position, self.epoch = at.position, at.epoch
         self.owner, self.is_held = "", False
         self.letters = {}
         """By position: whether an error is told, by key."""
@@ -343,7 +366,7 @@ class Model:
         return self.view.keys_of(entry.event) if self.view.is_of(entry.event) else ()
 
     def fails(self, entry):
-        return entry.event is None or self.faults.are_in(self.view.name, entry.event)
+        return entry.event is None or self.faults.are_in(self.cause, entry.event)
 
     def advance(self, position):
         """Note a page that ends there."""
@@ -403,15 +426,16 @@ class Model:
 
 A_RUNNER = st.integers(0, RUNNERS - 1)
 A_NAME = st.sampled_from(NAMES)
-A_PAGE = st.tuples(A_RUNNER, A_NAME, st.sampled_from([1, 2, 3, 5, 8, 50]), st.booleans())
-"""Whose, of which view first, how large, and whether it is shared."""
-KINDS = (*["sold"] * 14, *["returned"] * 4, *["received"] * 4, *["renamed"] * 2)
+AHEAD = st.sampled_from([None, None, "before", "after"])
+A_PAGE = st.tuples(A_RUNNER, A_NAME, st.sampled_from([1, 2, 3, 5, 8, 50]), st.booleans(), AHEAD)
+"""Whose, of which view first, how large, whether it is shared, and when the next one is begun."""
+KINDS = (*["sold"] * 28, *["returned"] * 8, *["received"] * 8, *["renamed"] * 4)
 AN_EVENT = st.tuples(
     st.sampled_from([*KINDS, "broken", "unknown"]),
     st.sampled_from(ITEMS),
     st.sampled_from(COUNTRIES),
     st.integers(1, 4),
-    st.sampled_from([()] * 16 + [("flows",), ("routes",), ("counts",), NAMES]),
+    st.sampled_from([()] * 36 + [("flows",), ("routes",), ("counts",), FAULTY]),
     st.sampled_from([0] * 9 + [12]),
 )
 """What, of which item, where, how many, which views cannot fold it, how much else comes first."""
@@ -423,14 +447,14 @@ HAPPENS = st.one_of(
     *[A_TURN_OF_ANOTHER] * 3,
     st.just(("lost",)),
     st.just(("killed",)),
-    st.tuples(st.just("written"), EVENTS),
+    *[st.tuples(st.just("written"), EVENTS)] * 2,
     st.tuples(st.just("hold"), A_RUNNER),
-    st.tuples(st.just("retry"), A_RUNNER, A_NAME),
-    st.tuples(st.just("drop"), A_RUNNER, A_NAME, st.integers(0, 3)),
-    st.tuples(st.just("fence"), A_RUNNER, A_NAME),
+    *[st.tuples(st.just("retry"), A_RUNNER, st.none() | A_NAME)] * 2,
+    st.tuples(st.just("drop"), A_RUNNER, st.none() | A_NAME, st.integers(0, 3)),
+    st.tuples(st.just("fence"), A_RUNNER, st.none() | A_NAME),
 )
 HARM = st.none() | st.tuples(st.integers(0, 9), HAPPENS)
-"""What happens in the middle of something, and after how many steps."""
+"""What happens in the middle of something, to the same view if none is named, and when."""
 
 
 class PagesMachine(RuleBasedStateMachine):
@@ -438,19 +462,19 @@ class PagesMachine(RuleBasedStateMachine):
         super().__init__()
         self.world = world
         self.faults = world.faults
-        self.doing = []
+        self.doing, self.names = [], ["flows"]
         self.harm = None
         self.is_broken = False
 
     @initialize()
     def begin(self):
         world = self.world
-        self.begun = world.begin_anew()
+        world.begin_anew()
         world.in_transaction = partial(self._step, is_free=False)
         self.log = []
         found = world.store.checkpoints(list(world.views.values()))
         self.models = {
-            name: Model(view, self.faults, self.log, self.begun, at.epoch)
+            name: Model(view, self.faults, self.log, at)
             for (name, view), at in zip(world.views.items(), found, strict=True)
         }
         self.runners = [self._runner(number) for number in range(RUNNERS)]
@@ -529,9 +553,10 @@ class PagesMachine(RuleBasedStateMachine):
     # What may be done at any time
 
     @contextmanager
-    def _does(self, what, harm=None, runner=None):
-        """Do something, in the middle of which something else happens."""
+    def _does(self, what, harm=None, runner=None, name=None):
+        """Do something, to a view, in the middle of which something else happens."""
         self.doing.append(what)
+        self.names.append(name or self.names[-1])
         outer, self.harm = self.harm, harm
         try:
             yield
@@ -545,6 +570,7 @@ class PagesMachine(RuleBasedStateMachine):
         finally:
             self.harm = outer
             self.doing.pop()
+            self.names.pop()
 
     def _written(self, moves):
         events = []
@@ -587,12 +613,12 @@ class PagesMachine(RuleBasedStateMachine):
         facts = {"invoice": "1", "unit_price": 1, "customer_id": None}
         return self._event(event_type, item, quantity=quantity, country=country, **facts)
 
-    def _page(self, number, name, size, is_shared, harm=None):
+    def _page(self, number, name, size, is_shared, ahead, harm=None):
         runner = next(r for r in self.runners[number:] + self.runners if not r.is_busy)
-        with self._does("page", harm, runner):
+        with self._does("page", harm, runner, name):
             runner.is_busy = True
             try:
-                runner.page(name, size, is_shared=is_shared)
+                runner.page(name, size, is_shared=is_shared, ahead=ahead)
             finally:
                 runner.is_busy = False
 
@@ -603,26 +629,27 @@ class PagesMachine(RuleBasedStateMachine):
 
     def _retry(self, number, name, harm=None):
         runner = self.runners[number]
-        model = self.models[name]
+        model = self.models[name or self.names[-1]]
         expected = model.retried()
-        with self._does("retry", harm, runner):
+        with self._does("retry", harm, runner, name):
             retried = runner.pages.retry(Fold(model.view))
             assert harm is not None or retried == expected
 
     def _drop(self, number, name, which, harm=None):
         """Drop one, or all that cannot be read."""
         runner = self.runners[number]
-        model = self.models[name]
+        model = self.models[name or self.names[-1]]
         positions = sorted(model.letters)
         if which < len(positions):
-            with self._does("drop", harm, runner):
+            with self._does("drop", harm, runner, name):
                 dropped = runner.pages.drop(Fold(model.view), positions[which])
                 assert harm is not None or dropped == 1
 
     def _fence(self, number, name, harm=None):
         runner = self.runners[number]
-        with self._does("fence", harm, runner):
-            runner.pages.change(Fold(self.models[name].view), (), ())
+        view = self.models[name or self.names[-1]].view
+        with self._does("fence", harm, runner, name):
+            runner.pages.change(Fold(view), (), ())
 
     # Rules
 
@@ -655,7 +682,7 @@ class PagesMachine(RuleBasedStateMachine):
         with self._does("hold"):
             if how == "begun anew":
                 runner.begin()
-            elif how == "given up" or self.world.statements is None:  # in memory leases last
+            elif how == "given up" or self.world.database is None:  # in memory leases last
                 runner.pages.views.release(runner.owner)
             else:
                 runner.hold(0.001)
@@ -671,10 +698,14 @@ class PagesMachine(RuleBasedStateMachine):
         elif runner.memories:
             runner.recall(which)
 
-    @rule(number=A_RUNNER, name=A_NAME, mended=st.sampled_from([None, 1, 50]), harm=HARM)
-    def what_is_parked_is_tried_again(self, number, name, mended, harm):
-        faults = self.faults.events[name]
-        faults.difference_update(sorted(faults)[:mended] if mended else ())
+    @rule(number=A_RUNNER, name=A_NAME, is_mended=st.booleans(), harm=HARM)
+    def what_is_parked_is_tried_again(self, number, name, is_mended, harm):
+        faults = self.faults.events[self.models[name].cause]
+        faults.difference_update(sorted(faults)[:1])
+        if is_mended:
+            for each in NAMES:
+                self.faults.events[each].clear()
+                self._retry(number, each)
         self._retry(number, name, harm)
 
     @rule(number=A_RUNNER, name=A_NAME, which=st.none() | st.integers(0, 3), harm=HARM)
@@ -706,9 +737,9 @@ class PagesMachine(RuleBasedStateMachine):
             assert store.load(model.view, KEYS) == rows
             shown = {key: row for key, row in rows.items() if model.view.shows(row)}
             assert dict(store.select(model.view, None, None)) == shown
-        if self.world.statements is not None:
-            told = Counter(map(named, self.models["flows"].folded()))
-            assert self.world.statements.told() == told
+        if self.world.database is not None:
+            told = Counter(map(named, self.models["counts"].folded()))
+            assert self.world.database.told() == told
 
     def _finish(self):
         """Mend all, give up what nobody can read, and take in the rest of the log."""
