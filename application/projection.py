@@ -21,6 +21,9 @@ Execute: TypeAlias = Callable[..., Any]
 """Runs a statement, `execute(sql, parameters)`, and returns the driver's cursor."""
 Statements: TypeAlias = Callable[[Execute, Iterable[Event]], None]
 
+MAX_NAME = 40
+"""Bytes: with what is added to it, of the 63 that PostgreSQL knows."""
+
 
 def aggregate_key(event: Event) -> str:
     """Return the id of the event's aggregate, as 32 hexadecimal digits."""
@@ -70,7 +73,7 @@ class Projection(Generic[R]):
         an event can still be refused. An event that cannot be folded is parked while the view is
         live, and halts it while it is built, if `on_poison` does not say which.
         """
-        if not name.isidentifier() or not name.islower() or version < 1:
+        if not is_name(name) or version < 1:
             raise InvalidModelError(f"projection {name!r} version {version}: bad name or version")
         if not is_dataclass(row):
             raise InvalidModelError(f"projection {name}: {row.__name__} is not a dataclass")
@@ -219,7 +222,8 @@ class Projection(Generic[R]):
         """Let a function run statements of its own in each page's transaction.
 
         It is called as `statements(execute, events)` with the events of the page that the view
-        reads, in their order; what it raises halts the view. Not on the store in memory.
+        reads, in their order. What it raises is the event's fault, as in `evolve`; so a view that
+        is to stop says `on_poison="halt"`. Not on the store in memory.
         """
         self.writes = statements
         return statements
@@ -278,6 +282,11 @@ class Projection(Generic[R]):
     def shows(self, row: R) -> bool:
         """Tell whether the row is a member of the view."""
         return self.specification is ALWAYS or self.specification.is_satisfied_by(row)
+
+
+def is_name(name: str) -> bool:
+    """Tell whether a reader of the log may be called so: PostgreSQL cuts longer names."""
+    return name.isidentifier() and name.islower() and len(name.encode()) <= MAX_NAME
 
 
 def topics_of(event_types: Iterable[type[Event]]) -> tuple[str, ...]:

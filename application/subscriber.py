@@ -7,7 +7,7 @@ from inspect import isawaitable, iscoroutinefunction
 from typing import Any, TypeVar
 
 from leftfold.application.errors import InvalidModelError
-from leftfold.application.projection import Projection, aggregate_key, topics_of
+from leftfold.application.projection import Projection, aggregate_key, is_name, topics_of
 from leftfold.domain import Event
 
 E = TypeVar("E", bound=Event)
@@ -46,7 +46,7 @@ class Subscriber:
         key: Callable[[Any], str] = aggregate_key,
     ) -> None:
         """Name a subscriber. Raises `InvalidModelError` for what does not fit together."""
-        if not name.isidentifier() or not name.islower() or version < 1:
+        if not is_name(name) or version < 1:
             raise InvalidModelError(f"subscriber {name!r} version {version}: bad name or version")
         if everywhere and from_beginning:
             raise InvalidModelError(

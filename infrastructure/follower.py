@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 from leftfold.application import ViewBehind, ViewStopped
@@ -35,6 +35,8 @@ RENEWED = 0.5
 """Seconds for which that is not repeated: to renew is to write, and looks may be many."""
 SOON = 0.02
 """Seconds between looks at what another process folds while somebody waits for it."""
+SELDOM = 0.1
+"""Seconds between looks where all that is read is this process's own."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 5.0
 """Seconds to wait after a failing database, at first and at most."""
 FIRST_PAGE = 1_000
@@ -81,7 +83,6 @@ class Followed:
         self.behind_since: float | None = None
         self.rate = 0.0
         self.looked_at = 0.0
-        self.turns = 0
         self._waiting: list[tuple[int, asyncio.Future[None]]] = []
 
     @property
@@ -180,7 +181,7 @@ class Follower:
     and writes its pages; the others look how far it is.
     """
 
-    def __init__(  # noqa: PLR0913 - what it reads, what it writes, and how much at a time
+    def __init__(
         self,
         readers: Sequence[Followed],
         pages: Pages,
@@ -190,7 +191,6 @@ class Follower:
         *,
         page_size: int,
         page_seconds: float,
-        poll_interval: float = 0.1,
         paged: Paged = unheard,
     ) -> None:
         """Fold at most `page_size` events at a time, about as many as `page_seconds` allow.
@@ -206,12 +206,12 @@ class Follower:
         self._platform = platform
         self._page_size = page_size
         self._page_seconds = page_seconds
-        self._poll_interval = poll_interval
         self._paged = paged
         self._owner = platform.new_id().hex
-        self._renewed = platform.monotonic() - LEASE
+        self._renewed = self._looked_at = platform.monotonic() - LEASE
         self._hint = asyncio.Event()
         self._look_hint = asyncio.Event()
+        self._retrying = asyncio.Lock()  # one at a time: others need the threads
         self._is_stopping = False
         self._pages_under_way: set[asyncio.Future[None]] = set()
         for reader in readers:
@@ -222,12 +222,15 @@ class Follower:
         for reader in self.readers.values():
             reader.is_due = True
         self._hint.set()
-        if not self.folds or any(r.is_waited_for and not r.is_mine for r in self.readers.values()):
+        if any(r.is_waited_for and not r.is_mine for r in self.readers.values()):
             self._look_hint.set()
 
     def look(self) -> None:
         """Others may have got on, or given up."""
-        self._look_hint.set()
+        is_watching = any(not (r.is_mine or r.is_local) for r in self.readers.values())
+        # It is told of its own pages, too.
+        if is_watching or self._platform.monotonic() - self._looked_at > SELDOM:
+            self._look_hint.set()
 
     def follow(self) -> None:
         """Begin to fold."""
@@ -239,7 +242,7 @@ class Follower:
         """Go on with what had stopped."""
         for reader in self.readers.values():
             reader.is_due = True
-        self.look()
+        self._look_hint.set()
 
     def stop(self) -> None:
         """End after the pages under way."""
@@ -253,11 +256,13 @@ class Follower:
     async def begin(self) -> None:
         """Learn how far all are. Raises what the store does."""
         head, found = await self._platform.in_thread(self._ask)
-        for reader in self.readers.values():
-            if reader.is_local:
-                reader.work.adopt(Checkpoint(head))
-                reader.is_mine = True
         self._found(head, found)
+        for reader in self.readers.values():
+            if isinstance(reader.work, Subscription) and reader.is_local:
+                needed = (self.readers[view.table] for view in reader.work.reader.needs)
+                seen = (view.position for view in needed if not view.is_inline)
+                reader.work.adopt(Checkpoint(min((head, *seen))))
+                reader.is_mine = True
 
     async def run(self) -> None:
         """Follow the log until stopped."""
@@ -268,31 +273,30 @@ class Follower:
                 await asyncio.wait(self._pages_under_way)
             for reader in self.readers.values():
                 reader.answer(is_over=True)
-            if any(r.is_mine and not r.is_local for r in self.readers.values()):
-                try:
-                    await self._platform.in_thread(self._views.release, self._owner)
-                except Exception as error:  # noqa: BLE001 - the lease runs out by itself
-                    _log.warning("leases are not given back: %s", described(error))
+
+    async def release(self) -> None:
+        """Let others take over, at the end."""
+        if any(r.is_mine and not r.is_local for r in self.readers.values()):
+            try:
+                await self._platform.in_thread(self._views.release, self._owner)
+            except Exception as error:  # noqa: BLE001 - the lease runs out by itself
+                _log.warning("leases are not given back: %s", described(error))
 
     async def wait_for(
         self, readers: Iterable[Followed], position: int, timeout: float
     ) -> ViewBehind | None:
         """Wait until readers have seen a position; return which has not after some seconds."""
-        waiting: list[tuple[Followed, Awaitable[None]]] = []
-        for reader in readers:
-            if reader.position >= position or reader.is_inline:
-                continue
+        late = [r for r in readers if r.position < position and not r.is_inline]
+        for reader in late:
             if reader.failure is not None or self._is_stopping:
                 return reader.behind(position)
-            waiting.append((reader, reader.wait_for(position, timeout)))
-        if not waiting:
+        if not late:
             return None
-        gathered = asyncio.gather(*(wait for _, wait in waiting))
+        gathered = asyncio.gather(*(reader.wait_for(position, timeout) for reader in late))
         self.look()
         self.wake()
         await gathered
-        late = (reader for reader, _ in waiting if reader.position < position)
-        return next((reader.behind(position) for reader in late), None)
+        return next((r.behind(position) for r in late if r.position < position), None)
 
     # Looks ------------------------------------------------------------------------------------
 
@@ -301,7 +305,7 @@ class Follower:
         pause = 0.0
         while not self._is_stopping:
             self._look_hint.clear()
-            turns = {name: reader.turns for name, reader in self.readers.items()}
+            known = {name: reader.checkpoint for name, reader in self.readers.items()}
             try:
                 head, found = await self._platform.in_thread(self._ask, self.folds)
             except Exception as error:  # noqa: BLE001 - looks go on, whatever a store raises
@@ -310,26 +314,35 @@ class Follower:
                 await self._sleep(self._look_hint, pause)
                 continue
             pause = 0.0
-            self._found(head, found, turns)
+            self._looked_at = self._platform.monotonic()
+            self._found(head, found, known)
             self._hint.set()
-            await self._retry_known()
+            self._look_through()
             is_urgent = any(r.is_waited_for and not r.is_mine for r in self.readers.values())
             if not is_urgent and not self._look_hint.is_set():
                 await self._sleep(self._look_hint, IDLE)
             else:
                 await self._platform.sleep(SOON)  # one look for many commits
 
-    async def _retry_known(self) -> None:
-        """Take in what was put aside by a release that did not know it, once we have its reader."""
+    def _look_through(self) -> None:
+        """Take in what was put aside by a release that did not know it, once we have its reader.
+
+        Beside the looks: it may take longer than a lease lasts.
+        """
         for reader in self.readers.values():
             is_new, reader.is_looked_through = not reader.is_looked_through, reader.is_mine
             work = reader.work
             if not (reader.is_mine and is_new and isinstance(work, Fold)):
                 continue
+            if work.checkpoint.dead_letters:
+                self._start(self._retry_known(reader, Fold(work.reader, work.process)))
+
+    async def _retry_known(self, reader: Followed, again: Fold[Any]) -> None:
+        async with self._retrying:
+            if self._is_stopping:
+                return
             try:
-                if work.checkpoint.dead_letters:
-                    again = Fold(work.reader, work.process)
-                    await self._platform.in_thread(self._pages.retry_known, again)
+                await self._platform.in_thread(self._pages.retry_known, again)
             except Exception as error:  # noqa: BLE001 - it can be asked for, too
                 _log.warning("%s: nothing is tried again: %s", _name(reader), described(error))
 
@@ -359,7 +372,7 @@ class Follower:
         return head, found
 
     def _found(
-        self, head: int, found: Sequence[Checkpoint], turns: dict[str, int] | None = None
+        self, head: int, found: Sequence[Checkpoint], known: dict[str, Checkpoint] | None = None
     ) -> None:
         now = self._platform.monotonic()
         stored = iter(found)
@@ -369,11 +382,13 @@ class Follower:
                 reader.is_due = reader.is_due or reader.position < head
                 continue
             at = next(stored)
-            if reader.is_busy or (turns is not None and reader.turns != turns[name]):
-                continue  # a page has come between
+            if reader.is_busy or (known is not None and reader.checkpoint != known[name]):
+                continue  # a page has come between, and knows more
             if at.position > reader.position:
                 reader.failure = None  # somebody else knew how to go on
                 reader.note_rate(at.position - reader.position, now - reader.looked_at)
+            elif at.epoch != reader.checkpoint.epoch and at.owner == reader.checkpoint.owner:
+                reader.failure = None  # somebody wants it to be tried again
             reader.looked_at = now
             reader.work.adopt(at)
             reader.is_mine = self.folds and at.owner == self._owner and at.is_held
@@ -426,10 +441,13 @@ class Follower:
     def _begin(self, group: Sequence[Followed]) -> None:
         for reader in group:
             reader.is_busy, reader.is_due = True, False
-            reader.turns += 1
-        page = asyncio.ensure_future(self._platform.spawn(self._page(group)))
-        self._pages_under_way.add(page)
-        page.add_done_callback(self._pages_under_way.discard)
+        self._start(self._page(group))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        """Begin what is finished before the leases are given back."""
+        under_way = asyncio.ensure_future(self._platform.spawn(work))
+        self._pages_under_way.add(under_way)
+        under_way.add_done_callback(self._pages_under_way.discard)
 
     async def _page(self, group: Sequence[Followed]) -> None:
         """Take in a page, and those that follow on it; see to what goes wrong."""
@@ -443,7 +461,6 @@ class Follower:
             now = self._platform.monotonic()
             for reader in group:
                 reader.is_busy = False
-                reader.turns += 1
                 reader.note(now)
             self._hint.set()
 
@@ -503,7 +520,7 @@ class Follower:
         reader.is_alone = False
         reader.head = max(reader.head, outcome.head)
         reader.is_due = reader.is_due or outcome.has_more
-        if not outcome.events:
+        if not outcome.events or (reader.checkpoint.dead_letters and self._is_at_fault(reader)):
             return
         if isinstance(reader.work, Fold) and reader.work.process is not None:
             self.wake()  # there may be events of its own
@@ -523,10 +540,7 @@ class Follower:
         reader.is_due = reader.is_alone = True
         work = reader.work
         if may_pass(error) or isinstance(work, Subscription):
-            reader.pause = min(max(2 * reader.pause, FIRST_PAUSE), LONGEST_PAUSE)
-            reader.not_before = self._platform.monotonic() + reader.pause
-            text = described(error)
-            _log.warning("%s waits %.2f s: %s", _name(reader), reader.pause, text)
+            self._wait_out(reader, error)
         elif is_shared:
             pass  # whose fault it is shows when they are alone
         elif not is_poison(error):
@@ -535,21 +549,38 @@ class Follower:
             reader.limit = max(1, limit // 2)  # so it is found
         elif work.policy == "halt":
             self._halt(reader, error)
-        elif work.checkpoint.dead_letters >= MAX_DEAD_LETTERS:
-            self._halt(reader, TooManyDeadLettersError(_name(reader), MAX_DEAD_LETTERS))
-        else:
+        elif not self._is_at_fault(reader):
             await self._park(reader, work, error)
+
+    def _is_at_fault(self, reader: Followed) -> bool:
+        """Tell whether so much was put aside that it is no fault of events; then it stops."""
+        is_at_fault = reader.checkpoint.dead_letters >= MAX_DEAD_LETTERS
+        if is_at_fault:
+            self._halt(reader, TooManyDeadLettersError(_name(reader), MAX_DEAD_LETTERS))
+        return is_at_fault
+
+    def _wait_out(self, reader: Followed, error: Exception) -> None:
+        """Try again later, and later each time."""
+        reader.pause = min(max(2 * reader.pause, FIRST_PAUSE), LONGEST_PAUSE)
+        reader.not_before = self._platform.monotonic() + reader.pause
+        _log.warning("%s waits %.2f s: %s", _name(reader), reader.pause, described(error))
 
     async def _park(self, reader: Followed, fold: Fold[Any], error: Exception) -> None:
         why = described(error)
         try:
-            await self._platform.in_thread(self._pages.park, fold, why)
+            is_parked = await self._platform.in_thread(self._pages.park, fold, why)
         except Exception as failure:  # noqa: BLE001 - as any page's
-            if not may_pass(failure):
+            if may_pass(failure):
+                self._wait_out(reader, failure)
+            else:
                 self._halt(reader, failure)
             return
         reader.is_alone = False
-        _log.error("%s has put an event aside: %s", _name(reader), why)
+        if is_parked:
+            _log.error("%s has put an event aside: %s", _name(reader), why)
+        else:
+            reader.is_mine = False  # until it is looked at again
+            self._look_hint.set()
 
     def _halt(self, reader: Followed, error: Exception) -> None:
         reader.failure = failure_of(_name(reader), error)

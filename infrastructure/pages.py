@@ -350,7 +350,8 @@ class Pages:
             logged = [event for event in logged if event.position <= until]
             end, is_full = until, True
         earlier = {} if before is None else {turn.fold: turn for turn in before.turns}
-        _pair(folds)
+        if before is None:
+            _pair(folds)
         turns = [Turn(fold, self, earlier.get(fold)) for fold in folds]
         _lead(turns)
         failed: dict[object, Exception] = {}
@@ -418,8 +419,10 @@ class Pages:
         (event,), _ = self._decode(logged)
         turn = Turn(fold, self)
         turn.park(at, self._keys_of(fold, event), error)
-        turn.end(at.position, is_built=False)
-        return self._write([turn])
+        is_built = at.position >= self._events.head()
+        turn.end(at.position, is_built=is_built)
+        fold.kin = None  # from now on it is not as others
+        return self._write([turn], is_built=is_built)
 
     def retry(self, fold: Fold[Any]) -> tuple[int, int]:
         """Fold what is parked, in order; return how many events were folded, and how many stay."""
@@ -648,14 +651,17 @@ class InlineViews:
         for projection in self.projections:
             fold = Fold(projection)
             fold.adopt(views.checkpoints([projection])[0])
-            has_more = True
+            has_more, attempts = True, 0
             while has_more:
                 outcome = pages.fold([fold], INLINE)
                 if outcome.failed:
                     raise failure_of(projection.table, outcome.failed[fold])
-                if outcome.is_lost:
-                    raise ViewBusyError(projection.table)
-                has_more = outcome.has_more
+                if outcome.is_lost:  # others open the same view, or build it anew
+                    attempts += 1
+                    if attempts > ATTEMPTS:
+                        raise ViewBusyError(projection.table)
+                    fold.adopt(views.checkpoints([projection])[0])
+                has_more = outcome.has_more or outcome.is_lost
 
 
 def _pair(folds: Sequence[Fold[Any]]) -> None:

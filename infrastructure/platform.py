@@ -64,7 +64,7 @@ def start_task(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
 
 
 _pausing = threading.Lock()
-_paused = 0
+_paused = False
 
 
 @contextmanager
@@ -76,17 +76,18 @@ def collector_paused() -> Iterator[None]:
     """
     global _paused  # noqa: PLW0603 - there is one collector
     with _pausing:
-        is_ours = gc.isenabled() or _paused > 0  # if not, the program has it off
-        _paused += is_ours
+        # One at a time, or it might never run; and not where the program has it off.
+        is_ours = not _paused and gc.isenabled()
         if is_ours:
             gc.disable()
+            _paused = True
     try:
         yield
     finally:
-        with _pausing:
-            _paused -= is_ours
-            if is_ours and not _paused:
+        if is_ours:
+            with _pausing:
                 gc.enable()
+                _paused = False
 
 
 class SystemPlatform:

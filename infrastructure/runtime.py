@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -439,7 +439,6 @@ class _Parts:
             platform,
             page_size=settings.page_size,
             page_seconds=settings.page_seconds,
-            poll_interval=settings.poll_interval,
             paged=unheard if telemetry is None else telemetry.page,
         )
         self.upkeep = Upkeep(self.follower, self.pages, platform, self.access)
@@ -480,6 +479,7 @@ class _Parts:
         if self._following:
             self._watching.cancel()
             await _within(PATIENCE, asyncio.wait(self._following))
+            await _within(PATIENCE, self.follower.release())
         for task in self._housekeeping:
             task.cancel()
 
@@ -492,11 +492,13 @@ class _Parts:
         if isinstance(outcome, Err):
             return outcome
         answers = outcome.value if isinstance(outcome.value, list) else [outcome.value]
-        positions = [a.position for a in answers if isinstance(a, Receipt)]
-        if len(positions) < len(answers):  # of others it is not known where their events are
-            positions.append(await self.access.read(self._store.log.head))
-        await self.follower.wait_for(readers, max(positions), self._view_timeout)
-        late = tuple(r.reader.name for r in readers if r.position < max(positions))
+        position = max((a.position for a in answers if isinstance(a, Receipt)), default=0)
+        if not all(isinstance(answer, Receipt) for answer in answers):
+            # Of others it is not known where their events are.
+            with suppress(EventStoreUnavailable):  # it is written, whatever fails now
+                position = await self.access.read(self._store.log.head)
+        await self.follower.wait_for(readers, position, self._view_timeout)
+        late = tuple(r.reader.name for r in readers if r.position < position)
         marked = [replace(a, behind=late) if isinstance(a, Receipt) else a for a in answers]
         return Ok(marked if isinstance(outcome.value, list) else marked[0])
 

@@ -12,6 +12,7 @@ from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from enum import Enum
 from functools import cached_property, lru_cache
+from hashlib import sha256
 from typing import Any, Generic, TypeAlias, TypeVar
 from uuid import UUID
 
@@ -37,6 +38,8 @@ from leftfold.infrastructure.where import Conditions, form_of
 
 R = TypeVar("R")
 
+LONGEST_NAME = 63
+"""Bytes that PostgreSQL knows of a name."""
 STATEMENTS = 200
 """Statements that a view remembers: one for each form of question."""
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -319,14 +322,16 @@ class ViewTable(Generic[R]):
         is_sqlite, columns, projection = self.dialect is SQLITE, self.table.c, self.projection
         made = [
             sa.Index(
-                "_".join((self.table.name, *names, "index")),
+                index_name(projection, names, "index"),
                 *(columns[n] if is_sqlite else columns[n].asc().nulls_first() for n in names),
                 columns.key,
             )
             for names in projection.indexes
         ]
         made += (
-            sa.Index(unique_index(projection, names), *(columns[n] for n in names), unique=True)
+            sa.Index(
+                index_name(projection, names, "unique"), *(columns[n] for n in names), unique=True
+            )
             for names in projection.unique
         )
         return {str(i.name): self._text(CreateIndex(i, if_not_exists=True)) for i in made}
@@ -373,9 +378,12 @@ class ViewTable(Generic[R]):
         return str(element.compile(dialect=self.dialect)).strip()
 
 
-def unique_index(projection: Projection[Any], columns: tuple[str, ...]) -> str:
-    """Return the name of the index that keeps columns unique."""
-    return "_".join((projection.table, *columns, "unique"))
+def index_name(projection: Projection[Any], columns: tuple[str, ...], kind: str) -> str:
+    """Return the name of an index of columns; databases cut long ones, and so would mix them up."""
+    name = "_".join((projection.table, *columns, kind))
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    return f"{projection.table}_{sha256(name.encode()).hexdigest()[:8]}_{kind}"
 
 
 def _beyond(

@@ -97,6 +97,8 @@ class Upkeep:
             else:
                 fold = Fold(work.reader, work.process)
                 well, ill = await self._in_thread(self._pages.retry, fold)
+            if not reader.is_local:
+                await self._in_thread(self._pages.change, reader, (), ())  # whoever stopped sees it
             released, kept = released + well, kept + ill
             reader.failure = None
         self._follower.follow_again()
@@ -107,7 +109,8 @@ class Upkeep:
         dropped = 0
         for reader in self._named(name):
             dropped += await self._in_thread(self._pages.drop, reader, position)
-        self._follower.look()
+            reader.failure = None
+        self._follower.follow_again()
         return dropped
 
     async def rebuild(self, name: str, told: Told = untold) -> Comparison:

@@ -17,7 +17,7 @@ from leftfold.application.errors import NotUnique
 from leftfold.application.ports import EncodedEvent, Failed, Group, LoggedEvent, Stale, Verdict
 from leftfold.domain.personal import Keys
 from leftfold.infrastructure.platform import collector_paused
-from leftfold.infrastructure.tables import Encoded, ViewTable, unique_index
+from leftfold.infrastructure.tables import Encoded, ViewTable, index_name
 
 R = TypeVar("R")
 
@@ -193,6 +193,6 @@ def not_unique(projection: Projection[Any], name: str) -> NotUnique | None:
     """Return the refusal that the name of a violated index or its columns stands for."""
     for columns in projection.unique:
         listed = ", ".join(f"{projection.table}.{column}" for column in columns)
-        if name in (listed, unique_index(projection, columns)):
+        if name in (listed, index_name(projection, columns, "unique")):
             return NotUnique(projection.name, columns)
     return None

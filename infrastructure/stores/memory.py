@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from itertools import islice, takewhile
 from typing import Any, TypeVar
 from uuid import UUID
@@ -225,6 +225,16 @@ class MemoryViews:
             self._shapes[projection.table] = RowShape(projection)
         return self._shapes[projection.table]
 
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Take back what the block writes if it raises."""
+        kept = dict(self._rows), dict(self._checkpoints), dict(self._letters)
+        try:
+            yield
+        except BaseException:
+            self._rows, self._checkpoints, self._letters = kept
+            raise
+
     def checkpoints(self, readers: Sequence[Reader]) -> list[Checkpoint]:
         return [
             self._checkpoints.get(_id(reader), ABSENT)._replace(
@@ -441,7 +451,12 @@ class MemoryStore:
                         f"{reader.name}: the store in memory runs no statements"
                     )
         if inline is not None:
-            self.log.inline = lambda: inline(self.log, self.views)
+
+            def fold() -> None:
+                with self.views.all_or_nothing():
+                    inline(self.log, self.views)
+
+            self.log.inline = fold
 
     def close(self) -> None:
         """Nothing to close."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from uuid import UUID
 
 import psycopg
 from eventsourcing.persistence import (
+    DataError,
     PersistenceError,
     StoredEvent,
     Tracking,
@@ -87,10 +89,16 @@ from leftfold.infrastructure.stores.verdicts import is_written, refused
 from leftfold.infrastructure.tables import POSTGRES, Encoded, ViewTable
 
 R = TypeVar("R")
+
+_log = logging.getLogger("leftfold.stores")
 Cursor = psycopg.Cursor[TupleRow]
 
 CHANNEL, VIEWS_CHANNEL = "stored_events", "leftfold_views"
+PROLONGED = 3.0
+"""Seconds for which a page prolongs its owner's lease."""
 DDL_LOCK = 0x1EF7F01D  # one number for all processes: whoever holds it changes tables
+PROGRAM_LIMIT = "54"
+"""The class of errors (SQLSTATE) of what is more than the database takes."""
 CONNECT_TIMEOUT = 1.0
 """Seconds to wait for a connection; one that takes longer is there for the next attempt."""
 KEEPALIVE = {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3}
@@ -157,8 +165,12 @@ class PostgresDatabase(PostgresDatastore):
             with super().get_connection() as connection, self.lent(connection):
                 yield connection
         except PersistenceError as error:
-            if isinstance(error.__cause__, psycopg.Error):
-                raise type(error)(without_values(error.__cause__)) from error.__cause__
+            cause = error.__cause__
+            if isinstance(cause, psycopg.Error):
+                # A value that is too large for an index is no trouble of the store's.
+                is_too_large = (cause.sqlstate or "").startswith(PROGRAM_LIMIT)
+                kind = DataError if is_too_large else type(error)
+                raise kind(without_values(cause)) from cause
             raise
 
     @contextlib.contextmanager
@@ -447,9 +459,12 @@ class PostgresViews(Tables):
                 "UPDATE leftfold_checkpoints SET owner = %(owner)s, "
                 "epoch = epoch + (owner IS DISTINCT FROM %(owner)s)::int, "
                 "lease = clock_timestamp() + make_interval(secs => %(seconds)s) "
+                # Of those whose page is being written the page prolongs the lease: to wait for it
+                # with others in hand would make all wait for one.
+                "WHERE (name, version) IN (SELECT name, version FROM leftfold_checkpoints "
                 "WHERE (name, version) IN (SELECT * FROM unnest(%(names)s::text[], "
                 "%(versions)s::int[])) AND (owner = %(owner)s OR owner IS NULL "
-                "OR lease < clock_timestamp())",
+                "OR lease < clock_timestamp()) ORDER BY name, version FOR UPDATE SKIP LOCKED)",
                 {"owner": owner, "seconds": seconds, **_named(readers)},
             )
             return _checkpoints(cursor, readers)
@@ -616,7 +631,13 @@ class PostgresViews(Tables):
             and reader.version > 0
             and not _shows(cursor, reader)
         ):
-            _show(cursor, self.table(reader))
+            try:
+                with cursor.connection.transaction():
+                    _show(cursor, self.table(reader))
+            except psycopg.Error as error:  # others may have made something of it
+                _log.warning(
+                    "%s does not show %s: %s", reader.name, reader.table, without_values(error)
+                )
 
     def select(
         self,
@@ -825,7 +846,9 @@ def _set_up_reader(
     ).fetchone()
     if found is None:
         if not create_tables:
-            raise SchemaMissingError(name, f"{reader.name}_v{reader.version}")
+            raise SchemaMissingError(
+                name, reader.table if isinstance(reader, Projection) else reader.name
+            )
         end = cursor.execute("SELECT max(notification_id) FROM stored_events").fetchone()
         head = (end[0] if end else 0) or 0
         begin = head if reader.begins_now else 0
@@ -866,9 +889,19 @@ def _move(
     cursor: Cursor, changes: Sequence[Change], position: int, *, is_built: bool, is_fence: bool
 ) -> None:
     """Move checkpoints. Raises `_Moved` unless all are as the changes found them."""
+    if len(changes) > 1:  # in one order, so that no two wait for each other
+        cursor.execute(
+            "SELECT FROM leftfold_checkpoints WHERE (name, version) IN "
+            "(SELECT * FROM unnest(%(names)s::text[], %(versions)s::int[])) "
+            "ORDER BY name, version FOR UPDATE",
+            _named([change.reader for change in changes]),
+            prepare=True,
+        )
     cursor.execute(
         "UPDATE leftfold_checkpoints AS c SET position = %(position)s, "
-        "epoch = c.epoch + %(is_fence)s::int, built = built OR %(is_built)s "
+        "epoch = c.epoch + %(is_fence)s::int, built = built OR %(is_built)s, "
+        "lease = CASE WHEN %(is_fence)s OR lease IS NULL OR lease < clock_timestamp() THEN lease "
+        f"ELSE greatest(lease, clock_timestamp() + interval '{PROLONGED} s') END "
         "FROM unnest(%(names)s::text[], %(versions)s::int[], %(positions)s::bigint[], "
         "%(epochs)s::bigint[]) AS found (name, version, position, epoch) "
         "WHERE c.name = found.name AND c.version = found.version "

