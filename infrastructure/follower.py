@@ -386,7 +386,8 @@ class Follower:
                 continue  # a page has come between, and knows more
             if at.position > reader.position:
                 reader.failure = None  # somebody else knew how to go on
-                reader.note_rate(at.position - reader.position, now - reader.looked_at)
+                if reader.looked_at:
+                    reader.note_rate(at.position - reader.position, now - reader.looked_at)
             elif at.epoch != reader.checkpoint.epoch and at.owner == reader.checkpoint.owner:
                 reader.failure = None  # somebody wants it to be tried again
             reader.looked_at = now

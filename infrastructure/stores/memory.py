@@ -364,6 +364,7 @@ class MemoryViews:
         for key, changed in rows.items():
             if changed is not None:
                 shape.encode(key, changed)  # refuses what no database could keep
+                projection.shows(changed)
         table = {**self._rows.get(projection.table, {}), **rows}
         kept = {key: row for key, row in table.items() if row is not None}
         for columns in projection.unique:

@@ -5,7 +5,14 @@ from decimal import Decimal
 
 import pytest
 
-from leftfold.application import InvalidModelError, Model, Projection, QueryService, Service
+from leftfold.application import (
+    InvalidModelError,
+    Model,
+    Projection,
+    QueryService,
+    Service,
+    Subscriber,
+)
 from leftfold.application.items import ItemRow, Items, item_model, item_stock
 from leftfold.domain import Aggregate, Created, attr
 from leftfold.domain.items import (
@@ -192,7 +199,7 @@ class Twin(Aggregate, topic="test.twin", events=()):
 
 def test_the_reference_model_is_sound():
     assert item_model.services == (Items,)
-    assert item_model.projections == (item_stock,)
+    assert item_model.projections[0] is item_stock
 
 
 def test_a_model_maps_the_events_of_its_aggregates_and_no_others():
@@ -234,3 +241,10 @@ def test_a_row_of_items_is_frozen():
     row = ItemRow(*range(len(item_stock.columns)))
     with pytest.raises(AttributeError):
         row.sku = "B"
+
+
+def test_names_that_a_database_would_cut_are_refused():
+    with pytest.raises(InvalidModelError):
+        Projection("n" * 41, version=1, row=Shelf)
+    with pytest.raises(InvalidModelError):
+        Subscriber("n" * 41)

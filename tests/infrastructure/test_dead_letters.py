@@ -14,7 +14,7 @@ from eventsourcing.persistence import JSONTranscoder
 from leftfold.application import EventMapper, InvalidModelError, Projection, ViewStopped
 from leftfold.application.items import GetItem, item_model, item_stock
 from leftfold.application.ports import EncodedEvent, Group, Save
-from leftfold.domain import Aggregate, Event
+from leftfold.domain import Aggregate, Event, Specification
 from leftfold.domain.items import Item, ItemRegistered, StockReceived, StockSold
 from leftfold.infrastructure import Runtime, Settings, follower
 
@@ -291,3 +291,88 @@ async def test_one_event_may_be_parked_under_several_keys(store_url, register, s
         fault.quantities.clear()
         assert (await shop.retry("sales")).released == 2
         assert await rows(shop, both) == {"all": 10, a: 8, b: 2}
+
+
+async def test_a_view_that_folds_as_another_is_apart_once_it_has_parked_something(
+    store_url, register, sell
+):
+    class Fussy(Specification[Sales]):
+        """Cannot tell of some rows."""
+
+        def is_satisfied_by(self, row):
+            if row.sold == 7:
+                raise ZeroDivisionError
+            return True
+
+    base = sales(Fault())
+    fussy = base.derive("fussy", version=1, specification=Fussy())
+    model = replace(item_model, projections=(item_stock, base, fussy))
+    async with Runtime(model, store_url) as shop:
+        await shop.commands.dispatch(register("A", 100))
+        await sold(shop, sell, 7)
+        assert (await rows(shop, base)) == {"A": 7}
+        await sold(shop, sell, 1)
+        assert (await rows(shop, base)) == {"A": 8}
+        letters = await shop.dead_letters("fussy")
+        assert [letter.version for letter in letters] == [2, 3]
+        kept = shop._store.views.load(fussy, [Item.id_of("A").hex])
+        assert [row.sold for row in kept.values()] == [0]
+
+
+async def test_a_view_that_parks_the_last_event_while_it_is_built_is_built(
+    shared_url, register, sell
+):
+    async with Runtime(item_model, shared_url) as shop:
+        await shop.commands.dispatch(register("A", 100))
+        await sold(shop, sell, 7)
+    view = sales(Fault(7), on_poison="park")
+    async with opened(shared_url, view) as shop:
+        assert await rows(shop, view) == {"A": 0}
+        assert health(shop).state == "live"
+
+
+async def test_a_view_stops_that_has_put_aside_too_much_behind_one_event(
+    store_url, register, sell, monkeypatch
+):
+    monkeypatch.setattr(follower, "MAX_DEAD_LETTERS", 5)
+    view = sales(Fault(7))
+    async with opened(store_url, view) as shop:
+        await shop.commands.dispatch(register("A", 100))
+        await sold(shop, sell, 7, *[1] * 9)
+        await shop.catch_up(1)
+        assert health(shop).state == "halted"
+        await shop.drop_dead_letters("sales")
+        for _ in range(200):
+            if health(shop).state == "live":
+                break
+            await asyncio.sleep(0.02)
+        assert health(shop).state == "live"
+
+
+async def test_a_view_that_halted_goes_on_when_another_process_asks_for_it(
+    shared_url, register, sell
+):
+    fault = Fault(7)
+    view = sales(fault, on_poison="halt")
+    async with opened(shared_url, view) as shop, opened(shared_url, view, follow=False) as other:
+        await shop.commands.dispatch(register("A", 100))
+        await sold(shop, sell, 7)
+        assert isinstance((await shop.catch_up()).error, ViewStopped)
+        fault.quantities.clear()
+        await other.retry("sales")
+        for _ in range(400):
+            if health(shop).state == "live":
+                break
+            await asyncio.sleep(0.02)
+        assert await rows(shop, view) == {"A": 7}
+
+
+async def test_a_row_that_is_too_large_for_an_index_is_parked(postgres_url, register, sell):
+    wide = Projection("wide", version=1, row=Sales, indexes=["sku"])
+    text = "".join(chr(0x4E00 + n * 7919 % 20_000) for n in range(6_000))
+    wide.on(ItemRegistered)(lambda row, event: Sales(text if event.sku == "A" else "", 0))
+    async with opened(postgres_url, wide) as shop:
+        await shop.commands.dispatch_all([register("A", 1), register("B", 1)])
+        (await shop.catch_up()).unwrap()
+        (letter,) = await shop.dead_letters("wide")
+        assert "index row" in letter.error

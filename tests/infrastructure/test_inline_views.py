@@ -130,3 +130,37 @@ async def test_what_a_program_without_the_view_writes_is_made_good(shared_url, r
 def test_only_an_inline_view_has_unique_columns():
     with pytest.raises(InvalidModelError, match="inline"):
         Projection("names", version=1, row=Name, unique=["name"])
+
+
+async def test_what_is_refused_leaves_no_trace_in_other_inline_views(store_url, register):
+    last = Projection("last_names", version=1, row=Name, inline=True, key=lambda event: "last")
+    last.on(ItemRegistered)(lambda row, event: Name(event.name))
+    model = replace(item_model, projections=(item_stock, last, names()))
+    async with Runtime(model, store_url) as shop:
+        (await shop.commands.dispatch(named(register, "A", "Cup"))).unwrap()
+        (await shop.commands.dispatch(named(register, "B", "Jug"))).unwrap()
+        assert not (await shop.commands.dispatch(named(register, "C", "Cup"))).is_ok()
+        assert shown(shop, last) == ["Jug"]
+        (await shop.commands.dispatch(named(register, "D", "Pot"))).unwrap()
+        assert shown(shop, last) == ["Pot"]
+
+
+async def test_it_can_be_opened_while_others_write(shared_url, register, sell):
+    view = names()
+    async with opened(shared_url, view) as shop:
+        (await shop.commands.dispatch(named(register, "A", "Cup", 10**6))).unwrap()
+        writing = asyncio.gather(*(shop.commands.dispatch(sell("A", 1)) for _ in range(300)))
+        for _ in range(10):
+            async with opened(shared_url, view) as other:
+                assert shown(other, view) == ["Cup"]
+        assert all(answer.is_ok() for answer in await writing)
+
+
+async def test_it_can_be_built_anew_while_others_write(shared_url, register, sell):
+    view = names()
+    async with opened(shared_url, view) as shop:
+        (await shop.commands.dispatch(named(register, "A", "Cup", 10**6))).unwrap()
+        writing = asyncio.gather(*(shop.commands.dispatch(sell("A", 1)) for _ in range(200)))
+        for _ in range(3):
+            assert (await shop.rebuild("names")).changed == 0
+        assert all(answer.is_ok() for answer in await writing)

@@ -97,3 +97,25 @@ async def test_a_cache_that_processes_share_is_seen_to_after_a_crash(
             assert (await shop.queries.dispatch(GetItem(sku="A"))).unwrap().on_hand == 8
     finally:
         await cache.close()
+
+
+async def test_what_a_view_has_not_seen_when_the_process_begins_is_told_too(
+    shared_url, register, sell
+):
+    async with Runtime(item_model, shared_url) as shop:
+        await shop.commands.dispatch(register("A", 9))
+        (await shop.catch_up()).unwrap()
+    async with Runtime(item_model, settings=Settings(store=shared_url, follow=False)) as shop:
+        (await shop.commands.dispatch(sell("A"))).unwrap()
+    cache = InMemoryCache(ItemRow, name="rows")
+    model = replace(item_model, subscribers=(rows_of(cache),))
+    around = [cached(GetItem, cache, 60, key=lambda q: q.sku, tags=by_item)]
+    settings = Settings(store=shared_url, follow=False)
+    async with Runtime(model, settings=settings, middleware=around) as shop:
+        assert (await shop.queries.dispatch(GetItem(sku="A"))).unwrap().on_hand == 9
+        shop.follow()
+
+        async def is_gone():
+            return await cache.get("A") is None
+
+        await until(is_gone)
