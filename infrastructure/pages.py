@@ -389,7 +389,7 @@ class Pages:
             is_lost = not self._write(turns, is_built=end >= head)
             if is_lost and self._has_conflict(turns[0].fold, events):
                 conflict = ReactionConflictError(turns[0].fold.reader.table)
-                failed, is_lost = {turns[0].fold: conflict}, False
+                return Outcome(events, has_more, head=head, failed={turns[0].fold: conflict})
         return Outcome(events, has_more, is_lost, head, failed)
 
     def _has_conflict(self, fold: Fold[Any], events: int) -> bool:

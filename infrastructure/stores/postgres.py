@@ -901,7 +901,7 @@ def _move(
         "UPDATE leftfold_checkpoints AS c SET position = %(position)s, "
         "epoch = c.epoch + %(is_fence)s::int, built = built OR %(is_built)s, "
         "lease = CASE WHEN %(is_fence)s OR lease IS NULL OR lease < clock_timestamp() THEN lease "
-        f"ELSE greatest(lease, clock_timestamp() + interval '{PROLONGED} s') END "
+        "ELSE greatest(lease, clock_timestamp() + make_interval(secs => %(prolonged)s)) END "
         "FROM unnest(%(names)s::text[], %(versions)s::int[], %(positions)s::bigint[], "
         "%(epochs)s::bigint[]) AS found (name, version, position, epoch) "
         "WHERE c.name = found.name AND c.version = found.version "
@@ -913,6 +913,7 @@ def _move(
             "position": position,
             "is_built": is_built,
             "is_fence": is_fence,
+            "prolonged": PROLONGED,
         },
         prepare=True,
     )
