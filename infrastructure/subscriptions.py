@@ -24,6 +24,8 @@ from leftfold.infrastructure.rows import storable
 
 _log = logging.getLogger("leftfold.subscriptions")
 
+LONGEST_KEY = 1_000
+"""Bytes of a key, which is kept in an index."""
 ATTEMPTS, FIRST_WAIT, JITTER = 5, 0.1, 0.1
 """To tell of an event, and seconds between them at first; then it is a dead letter."""
 AT_ONCE, WITHIN = 100, 1.0
@@ -190,4 +192,7 @@ class Subscription:
         return DeadLetter(at.position, key, at.aggregate_id, at.version, at.topic, error, now)
 
     def _key_of(self, event: Any) -> str:
-        return storable(self.reader.key(event))
+        key = storable(self.reader.key(event))
+        if len(key.encode()) > LONGEST_KEY:
+            raise ValueError(LONGEST_KEY)
+        return key

@@ -349,6 +349,19 @@ async def test_a_key_that_cannot_be_made_puts_its_event_aside(store_url, registe
     assert told.sales == [1, 2]
 
 
+@pytest.mark.usefixtures("_few_attempts")
+async def test_a_key_that_no_index_takes_puts_its_event_aside(store_url, register, sell):
+    told = Told()
+    subscriber = telling(told.sold, key=lambda event: event.invoice * (999 * (event.quantity == 3)))
+    async with opened(store_url, subscriber) as shop:
+        await shop.commands.dispatch(register("A", 100))
+        await sold(shop, sell, 1, 3, 2)
+        (await shop.catch_up()).unwrap()
+        (letter,) = await shop.dead_letters("tells")
+        assert letter.key == Item.id_of("A").hex
+    assert told.sales == [1, 2]
+
+
 async def test_an_event_of_an_unknown_type_is_put_aside(store_url, register, sell):
     told = Told()
     async with opened(store_url, telling(told.sold), projections=()) as shop:
