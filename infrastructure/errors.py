@@ -115,9 +115,9 @@ class TooManyDeadLettersError(
 
 
 class ViewBusyError(
-    InfrastructureError, message="{projection} is written without a break; nothing was changed"
+    InfrastructureError, message="{projection} is being changed by others; nothing was changed here"
 ):
-    """A view could not be changed between two of its pages, which follow on each other's heels."""
+    """Pages follow on each other's heels, or another process builds the same view anew."""
 
     projection: str
 

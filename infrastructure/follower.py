@@ -227,7 +227,8 @@ class Follower:
 
     def look(self) -> None:
         """Others may have got on, or given up."""
-        is_watching = any(not (r.is_mine or r.is_local) for r in self.readers.values())
+        others = (r for r in self.readers.values() if not (r.is_local or r.is_inline))
+        is_watching = any(not reader.is_mine for reader in others)
         # It is told of its own pages, too.
         if is_watching or self._platform.monotonic() - self._looked_at > SELDOM:
             self._look_hint.set()

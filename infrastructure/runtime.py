@@ -205,8 +205,9 @@ class Runtime:
     async def rebuild(self, name: str, told: Told = untold) -> Comparison:
         """Build a view anew beside itself, and give it the rows that come out differently.
 
-        It is shown and kept up to date all the while. One that was interrupted goes on where it
-        was. `told` hears how far it is, and how far the log. Returns how many rows were the same,
+        It is shown and kept up to date all the while; of several versions it is the newest. What
+        the view's own statements have written is left as it is. One that was interrupted goes on
+        where it was, after up to six seconds if its process died. `told` hears how far it is, and how far the log. Returns how many rows were the same,
         changed, added and removed. Raises `ViewBusyError` while another process does it,
         `ProjectionFailedError` for an event that cannot be folded, and as `dead_letters` does.
         """

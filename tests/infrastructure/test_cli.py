@@ -415,7 +415,7 @@ def test_projections_are_listed_with_how_far_they_are(shop):
     assert found["item_stock"] == {
         "name": "item_stock",
         "version": 1,
-        "state": "watched",
+        "state": "free",
         "position": head,
         "lag": 0,
         "lag_seconds": 0.0,
@@ -426,7 +426,7 @@ def test_projections_are_listed_with_how_far_they_are(shop):
     done = leftfold("projections", store=shop)
     assert done.stdout.splitlines()[:2] == [
         "name\tversion\tstate\tposition\tlag\tlag_seconds\trate\tdead_letters",
-        f"item_stock\t1\twatched\t{head}\t0\t0.0\t0.0\t0",
+        f"item_stock\t1\tfree\t{head}\t0\t0.0\t0.0\t0",
     ]
     assert leftfold("projections", "list", store=shop).stdout == done.stdout
 

@@ -11,11 +11,14 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from copy import copy
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from random import Random
+from threading import Thread
 from time import sleep
 from typing import Any
 from uuid import UUID, uuid4
@@ -34,7 +37,7 @@ from hypothesis.stateful import (
 )
 
 from leftfold.application import EventMapper, Projection
-from leftfold.application.ports import EncodedEvent, Group, Save
+from leftfold.application.ports import Group, Save
 from leftfold.domain import attr
 from leftfold.domain.items import Item, ItemRenamed, StockReceived, StockReturned, StockSold
 from leftfold.infrastructure import pages
@@ -184,6 +187,20 @@ class Database:
         self._connection.close()
 
 
+@dataclass(frozen=True)
+class Entry:
+    """An event of the log, as it was written; one that cannot be read is None."""
+
+    position: int
+    item: UUID
+    topic: str
+    event: Any
+
+    @property
+    def is_of_another_release(self):
+        return self.topic not in {event.TOPIC for event in Item.EVENTS}
+
+
 class World:
     """The stores of one database, which the examples share; each begins with an empty one."""
 
@@ -219,6 +236,47 @@ class World:
             self.database.empty(self.views.values())
         self.log, self.store = self.stores[0].log, self.stores[0].views
         self.mapper = SharedLog(self.log).mapper(mapper_class=EventMapper.of(Item))
+
+    def write(self, moves):
+        """Write events in one commit, and return them with their positions."""
+        events = []
+        for kind, item, country, quantity, failing, others in moves:
+            events += (self._event(ItemRenamed, item, name="Cup") for _ in range(others))
+            facts = {"quantity": quantity}
+            if kind not in ("received", "renamed"):
+                facts |= {"country": country, "invoice": "1", "unit_price": 1, "customer_id": None}
+            event_type = {"received": StockReceived, "returned": StockReturned}.get(kind, StockSold)
+            event = (
+                self._event(ItemRenamed, item, name="Jug")
+                if kind == "renamed"
+                else self._event(event_type, item, **facts)
+            )
+            if kind == "broken":
+                event = event._replace(state=b"{}")
+            elif kind == "unknown":
+                event = event._replace(topic="of.another.release")
+            events.append(event)
+            for name in failing:
+                self.faults.events[name].add((item.int, event.version))
+        head = self.log.head()
+        self.log.commit([Group([Save(uuid4(), "Test", events, (), None)])])
+        return [self._entry(found) for found in self.log.read(head, len(events))]
+
+    def _event(self, event_type, item, **facts):
+        self.versions[item] += 1
+        event = event_type(
+            originator_id=item,
+            originator_version=self.versions[item],
+            timestamp=NOW,
+            occurred_at=NOW,
+            **facts,
+        )
+        return self.mapper.encode(event)
+
+    def _entry(self, found):
+        is_read = found.state != b"{}" and found.topic != "of.another.release"
+        event = self.mapper.decode(*found[1:]) if is_read else None
+        return Entry(found.position, found.aggregate_id, found.topic, event)
 
     def close(self):
         self.platform.close()
@@ -291,12 +349,15 @@ class Runner:
         page = pages.begin(group, limit)
         while isinstance(page, Prepared):
             follows = page.has_more and not page.failed
-            after = pages.prepare(group, limit, page) if follows and ahead == "before" else None
-            outcome = pages.write(page)
+            with ThreadPoolExecutor(1) as beside:
+                prepare = partial(pages.prepare, group, limit, page)
+                after = prepare() if follows and ahead == "before" else None
+                waited = beside.submit(prepare) if follows and ahead == "beside" else None
+                outcome = pages.write(page)
             self._see_to(outcome, group, limit)
             if not follows or outcome.is_lost:
                 return
-            page = after or pages.prepare(group, limit, page)
+            page = after or (waited.result() if waited else prepare())
             if page.failed:
                 return
         self._see_to(page, group, limit)
@@ -327,20 +388,6 @@ def _copied(fold):
     other.rows = copy(fold.rows)
     other.parked = None if fold.parked is None else set(fold.parked)
     return other
-
-
-@dataclass(frozen=True)
-class Entry:
-    """An event of the log, as it was written; one that cannot be read is None."""
-
-    position: int
-    item: UUID
-    topic: str
-    event: Any
-
-    @property
-    def is_of_another_release(self):
-        return self.topic not in {event.TOPIC for event in Item.EVENTS}
 
 
 class Model:
@@ -573,45 +620,7 @@ class PagesMachine(RuleBasedStateMachine):
             self.names.pop()
 
     def _written(self, moves):
-        events = []
-        for kind, item, country, quantity, failing, others in moves:
-            events += (self._event(ItemRenamed, item, name="Cup") for _ in range(others))
-            event = {
-                "sold": partial(self._sale, StockSold),
-                "returned": partial(self._sale, StockReturned),
-                "received": lambda i, _, n: self._event(StockReceived, i, quantity=n),
-                "renamed": lambda i, *_: self._event(ItemRenamed, i, name="Cup"),
-                "broken": partial(self._sale, StockSold),
-                "unknown": partial(self._sale, StockSold),
-            }[kind](item, country, quantity)
-            if kind == "broken":
-                event = event._replace(state=b"{}")
-            elif kind == "unknown":
-                event = event._replace(topic="of.another.release")
-            events.append(event)
-            for name in failing:
-                self.faults.events[name].add((item.int, event.version))
-        head = self.world.log.head()
-        self.world.log.commit([Group([Save(uuid4(), "Test", events, (), None)])])
-        for found in self.world.log.read(head, len(events)):
-            is_read = found.state != b"{}" and found.topic != "of.another.release"
-            event = self.world.mapper.decode(*found[1:]) if is_read else None
-            self.log.append(Entry(found.position, found.aggregate_id, found.topic, event))
-
-    def _event(self, event_type, item, **facts):
-        self.world.versions[item] += 1
-        event = event_type(
-            originator_id=item,
-            originator_version=self.world.versions[item],
-            timestamp=NOW,
-            occurred_at=NOW,
-            **facts,
-        )
-        return EncodedEvent(*self.world.mapper.encode(event))
-
-    def _sale(self, event_type, item, country, quantity):
-        facts = {"invoice": "1", "unit_price": 1, "customer_id": None}
-        return self._event(event_type, item, quantity=quantity, country=country, **facts)
+        self.log += self.world.write(moves)
 
     def _page(self, number, name, size, is_shared, ahead, harm=None):
         runner = self.runners[number]
@@ -685,7 +694,7 @@ class PagesMachine(RuleBasedStateMachine):
         with self._does("hold"):
             if how == "begun anew":
                 runner.begin()
-            elif how == "given up" or self.world.database is None:  # in memory leases last
+            elif how == "given up":
                 runner.pages.views.release(runner.owner)
             else:
                 runner.hold(0.001)
@@ -780,3 +789,72 @@ def test_what_is_stored_is_at_any_time_a_plain_fold_of_the_log(world, store_url,
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+# At the same time -----------------------------------------------------------------------------
+
+
+def test_runners_in_threads_leave_a_plain_fold_too(world):
+    world.begin_anew()
+    random = Random(1)
+    moves = [
+        (random.choice(KINDS), random.choice(ITEMS), random.choice(COUNTRIES), 1 + n % 4, (), 0)
+        for n in range(300)
+    ]
+    moves[100::100] = [(*move[:4], FAULTY, 0) for move in moves[100::100]]
+    log, errors = [], []
+
+    def written():
+        for begin in range(0, len(moves), 5):
+            log.extend(world.write(moves[begin : begin + 5]))
+
+    threads = [Thread(target=_run, args=(world, n, errors)) for n in range(RUNNERS)]
+    threads.append(Thread(target=written))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert errors == []
+    world.faults.events.clear()
+    store = world.stores[0]
+    last = Runner(
+        RUNNERS, Pages(store.log, store.views, world.mapper, world.platform), world.views.values()
+    )
+    for name, view in world.views.items():
+        last.look()
+        while last.folds[name].checkpoint.position < store.log.head():
+            last.page(name, 50, is_shared=True)
+        last.pages.retry(Fold(view))
+        (at,) = store.views.checkpoints([view])
+        model = Model(view, world.faults, log, at)
+        assert (at.position, at.dead_letters) == (log[-1].position, 0)
+        assert store.views.load(view, KEYS) == model.rows()
+        if view.writes is not None:
+            assert world.database.told() == Counter(map(named, model.folded()))
+
+
+def _run(world, number, errors):
+    """Fold pages, each while the one before it is written, and disturb others."""
+    random = Random(number)
+    views = list(world.views.values())
+    store = world.stores[number % len(world.stores)]
+    pages = Pages(store.log, store.views, world.mapper, world.platform)
+    runner = Runner(number, pages, views)
+    for _ in range(60):
+        try:
+            match random.randrange(12):
+                case 0:
+                    runner.hold(random.choice([0.001, 0.01]))
+                case 1:
+                    pages.retry(Fold(random.choice(views)))
+                case 2:
+                    pages.change(Fold(random.choice(views)), (), ())
+                case _:
+                    runner.look()
+                    size = random.choice([1, 3, 9])
+                    runner.page(random.choice(NAMES), size, is_shared=True, ahead="beside")
+        except OperationalError:  # of those that wait for each other the database gives one up
+            continue
+        except Exception as error:
+            errors.append(error)
+            raise
