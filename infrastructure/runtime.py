@@ -207,9 +207,10 @@ class Runtime:
 
         It is shown and kept up to date all the while; of several versions it is the newest. What
         the view's own statements have written is left as it is. One that was interrupted goes on
-        where it was, after up to six seconds if its process died. `told` hears how far it is, and how far the log. Returns how many rows were the same,
-        changed, added and removed. Raises `ViewBusyError` while another process does it,
-        `ProjectionFailedError` for an event that cannot be folded, and as `dead_letters` does.
+        where it was, after up to six seconds if its process died. `told` hears how far it is, and
+        how far the log. Returns how many rows were the same, changed, added and removed. Raises
+        `ViewBusyError` while another process does it, `ProjectionFailedError` for an event that
+        cannot be folded, and as `dead_letters` does.
         """
         return await self._opened.upkeep.rebuild(name, told)
 
