@@ -340,7 +340,7 @@ class InlineProcess(ReorderProcess):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"projections": (reorder_watch,)}, "reorder_watch_v1"),
+        ({"projections": (reorder_watch,)}, "its own"),
         ({"processes": (InlineProcess,)}, "the rows of InlineProcess are its own"),
         ({"processes": (NoteProcess,)}, "NoteProcess: Note is missing"),
         ({"aggregates": (Item,)}, "Reorder is missing"),
