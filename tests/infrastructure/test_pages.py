@@ -199,7 +199,8 @@ def test_a_view_whose_last_page_was_full_to_the_logs_end_is_built(opened):
     shop.pages.fold([fold], 2)
     assert not shop.views.checkpoints([view])[0].is_built
     shop.pages.fold([fold], 2)
-    assert shop.views.checkpoints([view])[0].is_built
+    assert fold.checkpoint == shop.views.checkpoints([view])[0]
+    assert fold.checkpoint.is_built
 
 
 def test_nothing_beyond_a_position_is_folded_if_one_is_given(opened):
@@ -667,6 +668,22 @@ def test_views_that_fold_the_same_part_where_one_of_them_has_put_something_aside
     shop.pages.fold(folds, 5)
     assert (shop.rows(view), shop.rows(other)) == ({A.hex: Tally(1, 1)}, {A.hex: Tally(3, 3)})
     assert (len(shop.letters(view)), len(shop.letters(other))) == (2, 0)
+
+
+def test_views_that_fold_the_same_part_where_one_of_them_is_retried(opened):
+    view = tallying()
+    other = view.derive("large", version=1, specification=attr("quantity") > 10)
+    shop = opened(view, other)
+    folds = one, two = shop.fold_of(view), shop.fold_of(other)
+    shop.write(shop.received()._replace(state=b"{}"), shop.received())
+    shop.pages.fold(folds, 5)
+    shop.pages.drop(one, shop.views.dead_letters(view)[0].position)
+    assert shop.pages.retry(Fold(view)) == (1, 0)
+    shop.look(one, two)
+    shop.write(shop.received())
+    shop.pages.fold(folds, 5)
+    assert (shop.rows(view), shop.rows(other)) == ({A.hex: Tally(2, 2)}, {})
+    assert (len(shop.letters(view)), len(shop.letters(other))) == (0, 3)
 
 
 # What cannot be folded ------------------------------------------------------------------------

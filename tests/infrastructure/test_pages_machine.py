@@ -511,7 +511,8 @@ class PagesMachine(RuleBasedStateMachine):
         self.faults = world.faults
         self.doing, self.names = [], ["flows"]
         self.harm = None
-        self.is_broken = False
+        self.broken = None
+        """What was found to be wrong: pages take it for the fault of a view, and go on."""
 
     @initialize()
     def begin(self):
@@ -555,11 +556,15 @@ class PagesMachine(RuleBasedStateMachine):
 
     def _told(self, name, answer, *arguments, **options):
         """Take note of what was done to the store, and look whether it may have been."""
-        if name == "write":
-            self._told_of_write(answer, *arguments, **options)
-        elif name == "hold":
-            self._told_of_hold(answer, *arguments)
-        elif name == "release":
+        try:
+            if name == "write":
+                self._told_of_write(answer, *arguments, **options)
+            elif name == "hold":
+                self._told_of_hold(answer, *arguments)
+        except AssertionError as error:
+            self.broken = error
+            raise
+        if name == "release":
             for model in self.models.values():
                 if model.owner == arguments[0]:
                     model.owner, model.is_held = "", False
@@ -611,8 +616,8 @@ class PagesMachine(RuleBasedStateMachine):
             pass
         except Killed:
             runner.begin()
-        except BaseException:
-            self.is_broken = True
+        except BaseException as error:
+            self.broken = error
             raise
         finally:
             self.harm = outer
@@ -739,7 +744,9 @@ class PagesMachine(RuleBasedStateMachine):
 
     @invariant()
     def what_is_stored_is_a_plain_fold(self):
-        if not hasattr(self, "models") or self.is_broken:
+        if self.broken is not None:
+            raise self.broken
+        if not hasattr(self, "models"):
             return
         store = self.world.stores[-1].views
         for model in self.models.values():
@@ -773,7 +780,7 @@ class PagesMachine(RuleBasedStateMachine):
         self.what_is_stored_is_a_plain_fold()
 
     def teardown(self):
-        if hasattr(self, "runners") and not self.is_broken:
+        if hasattr(self, "runners") and self.broken is None:
             self._finish()
 
 
