@@ -12,6 +12,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import replace
 from decimal import Decimal
+from functools import partial
 from uuid import uuid4
 
 import pytest
@@ -85,6 +86,8 @@ def started(url, *arguments):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "LEFTFOLD_STORE": url},
+        # The tests may run where interrupts are ignored, as in a shell's background.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - that is all it does
     )
     try:
         yield process

@@ -46,7 +46,7 @@ from leftfold.infrastructure.platform import SystemPlatform
 from leftfold.infrastructure.settings import load_settings
 from leftfold.infrastructure.stores import SharedLog, make_store
 
-CASES = int(os.environ.get("LEFTFOLD_LAW_CASES", "200"))
+CASES = min(800, int(os.environ.get("LEFTFOLD_LAW_CASES", "200")))  # each is a long program
 EXAMPLES = {"memory": CASES // 2, "sqlite": CASES // 8, "postgresql": CASES // 8}
 STEPS = 25
 NOW = datetime(2011, 12, 9, 12, 50, tzinfo=UTC)
