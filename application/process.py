@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from inspect import iscoroutinefunction
 from typing import Any, ClassVar, TypeVar
 from uuid import NAMESPACE_URL, UUID, uuid5
@@ -18,7 +17,7 @@ from leftfold.application.errors import InvalidModelError, UnsavedEventsError
 from leftfold.application.mapper import EventMapper
 from leftfold.application.projection import Projection
 from leftfold.application.receipt import Receipt
-from leftfold.application.service import Service, current_unit
+from leftfold.application.service import NO_COMMAND, Service, current_unit
 from leftfold.domain import Aggregate, Event, Metadata, metadata
 from leftfold.domain.metadata import NO_METADATA
 
@@ -90,10 +89,9 @@ class Process(Service, ProcessApplication[UUID]):
     ) -> None:
         """React to an event under one of the library's runners."""
         event: Any = domain_event  # our mapper gives our events
-        reactions = Reactions(self.projection.name, self.repository.find_all)
-        react = partial(reactions.react, self)
+        reactions = Reactions(self, self.repository.find_all)
         with reactions.made():
-            self._folded = self.projection.fold([event], self._load, react)
+            self._folded = self.projection.fold([event], self._load, reactions.react)
         processing_event.collect_events(*reactions.events)
 
     def process_event(self, domain_event: DomainEventProtocol[UUID], tracking: Tracking) -> None:
@@ -110,14 +108,14 @@ class Reactions:
 
     sealed = False
 
-    def __init__(self, name: str, find: Find) -> None:
-        """Gather what the process of this name does; `find` reads aggregates."""
-        self._name = name
+    def __init__(self, process: Process, find: Find) -> None:
+        """Gather what a process does; `find` reads aggregates."""
+        self._process = process
         self._find = find
         self._found: dict[UUID, Aggregate | None] = {}
         self._used: list[Aggregate | None] = []
         self._begun: dict[UUID, int] = {}
-        self._command_id = reaction_id(name, UUID(int=0), 0)
+        self._command_id = NO_COMMAND
         self.saved: dict[UUID, list[Event]] = {}
         """By the ids of the commands that the reactions stand for."""
 
@@ -142,20 +140,25 @@ class Reactions:
             metadata.restore(outer)
             current_unit.reset(token)
 
-    def react(self, process: Process, before: Any, after: Any, event: Event) -> None:
-        """Let a process react to an event, which is the cause of what it records.
+    def command_id(self, event: Event) -> UUID:
+        """Return the id of the command that the reaction to an event stands for."""
+        process = uuid5(NAMESPACE_URL, f"leftfold:process:{self._process.projection.name}")
+        return uuid5(process, f"{event.originator_id}:{event.originator_version}")
+
+    def react(self, before: Any, after: Any, event: Event) -> None:
+        """Let the process react to an event, which is the cause of what it records.
 
         Raises what the process does, and `UnsavedEventsError`.
         """
-        self._command_id = reaction_id(self._name, event.originator_id, event.originator_version)
+        self._command_id = self.command_id(event)
         known = event.metadata
         cause = str(uuid5(event.originator_id, str(event.originator_version)))
         correlation = known.correlation_id or cause
         metadata.use(Metadata(correlation, cause, known.user))
         self._used = []
-        process.react(before, after, event)
+        self._process.react(before, after, event)
         if any(aggregate is not None and aggregate.unsaved for aggregate in self._used):
-            raise UnsavedEventsError(type(process).__name__)
+            raise UnsavedEventsError(type(self._process).__name__)
 
     def find(self, aggregate_type: type[A], aggregate_ids: Sequence[UUID]) -> list[A | None]:
         """Return aggregates, as they are after the reactions up to now."""
@@ -178,12 +181,7 @@ class Reactions:
         aggregates = tuple(aggregates)
         saved = self.saved.setdefault(self._command_id, [])
         for aggregate in aggregates:
-            saved += aggregate.collect_events()  # type: ignore[arg-type]  # our aggregates' are our events
+            saved += aggregate.collect_events()
             self._found[aggregate.id] = aggregate
         versions = tuple((aggregate.id, aggregate.version) for aggregate in aggregates)
         return Receipt(self._command_id, versions, 0)
-
-
-def reaction_id(process: str, aggregate_id: UUID, version: int) -> UUID:
-    """Return the id of the command that a process's reaction to one event stands for."""
-    return uuid5(uuid5(NAMESPACE_URL, f"leftfold:process:{process}"), f"{aggregate_id}:{version}")

@@ -110,8 +110,7 @@ class Unit:
         if self.sealed:
             raise DispatchOverError
         for aggregate in aggregates:
-            self.events.extend(aggregate._pending_events)  # type: ignore[arg-type]  # typed by the library as its own base class
-            aggregate._pending_events.clear()
+            self.events += aggregate.collect_events()
             aggregate_id = aggregate._id
             self.versions[aggregate_id] = aggregate._version
             hand = self.hands.get(aggregate_id)
@@ -269,9 +268,7 @@ class Service(Application[UUID]):
     @property
     def repository(self) -> Repository:
         """Loads and saves the service's aggregates."""
-        repository = self._repository
-        assert isinstance(repository, Repository)  # noqa: S101 - construct_repository made it
-        return repository
+        return self._staging_repository
 
     def construct_env(self, name: str, env: EnvType | None = None) -> Environment:
         """Read the class's and the given settings, and not the host's environment."""
@@ -292,7 +289,8 @@ class Service(Application[UUID]):
 
     def construct_repository(self) -> Repository:
         """Use the repository that knows of dispatches."""
-        return Repository(self.events, self.snapshots, self.save)
+        self._staging_repository = Repository(self.events, self.snapshots, self.save)
+        return self._staging_repository
 
     def save(
         self,

@@ -253,7 +253,7 @@ class PlainLog(PlainItems):
 def change(event: Any) -> tuple[str, str, str, int, int, Decimal]:
     """Return the row that an event adds, or adds to the one that is there."""
     key = event.originator_id.hex
-    if isinstance(event, PlainItem.Registered):  # type: ignore[attr-defined]  # made by the decorator
+    if isinstance(event, PlainItem.Registered):
         return key, event.sku, event.name, event.opening_stock, 0, Decimal(0)
     quantity: int = event.quantity
     return key, "", "", -quantity, quantity, quantity * event.unit_price
@@ -267,7 +267,7 @@ class PostgresStock(PostgresTrackingRecorder):
         columns = COLUMNS.format("NUMERIC")
         key = 'key TEXT COLLATE "C" PRIMARY KEY'  # as leftfold's
         create = f"CREATE TABLE IF NOT EXISTS {self.table} ({key}, {columns})"
-        self.sql_create_statements.append(SQL(create).format())  # type: ignore[arg-type]  # our own text
+        self.sql_create_statements.append(SQL(create).format())
         self.upsert = UPSERT.format(table=self.table, marks=", ".join(["%s"] * 6)).encode()
 
     def apply(self, event: Any, tracking: Tracking) -> None:
@@ -304,7 +304,7 @@ class SQLiteView(Follower[UUID]):
     pull_section_size = SECTION
 
     def construct_recorder(self) -> SQLiteStock:
-        recorder = self.recorder_class(self.factory.datastore)  # type: ignore[attr-defined]  # it is SQLite's
+        recorder = self.recorder_class(self.factory.datastore)
         recorder.create_table()
         return recorder
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache
 from typing import Any, ClassVar, Self, TypeVar, cast, get_origin, get_type_hints
 from uuid import NAMESPACE_URL, UUID, uuid5
@@ -159,6 +159,12 @@ class Aggregate(eventsourcing.domain.Aggregate):
         event.stamp(self._id, self._version + 1, clock.now())
         event.mutate(self)
         self._pending_events.append(event)
+
+    def collect_events(self) -> Sequence[Event]:
+        """Return the events recorded since the last time, in order."""
+        recorded: list[Any] = [*self._pending_events]  # the library types them by its own class
+        self._pending_events.clear()
+        return recorded
 
     @property
     def unsaved(self) -> int:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Iterable, Sequence
+from functools import partial
 from typing import Any
+
+from eventsourcing.persistence import PersistenceError
 
 from leftfold.application import ViewBehind, ViewStopped
 from leftfold.application.checkpoints import Checkpoint, Reader
 from leftfold.application.ports import Log, Platform, ViewStore
 from leftfold.domain import LeftfoldError
 from leftfold.infrastructure.access import may_pass
-from leftfold.infrastructure.errors import TooManyDeadLettersError
+from leftfold.infrastructure.errors import NotRunningError, TooManyDeadLettersError
 from leftfold.infrastructure.health import ProjectionHealth, ReaderState
 from leftfold.infrastructure.pages import (
     Fold,
@@ -280,7 +283,7 @@ class Follower:
         if any(r.is_mine and not r.is_local for r in self.readers.values()):
             try:
                 await self._platform.in_thread(self._views.release, self._owner)
-            except Exception as error:  # noqa: BLE001 - the lease runs out by itself
+            except (PersistenceError, NotRunningError) as error:  # the lease runs out by itself
                 _log.warning("leases are not given back: %s", described(error))
 
     async def wait_for(
@@ -308,7 +311,7 @@ class Follower:
             self._look_hint.clear()
             known = {name: reader.checkpoint for name, reader in self.readers.items()}
             try:
-                head, found = await self._platform.in_thread(self._ask, self.folds)
+                head, found = await self._platform.in_thread(partial(self._ask, holds=self.folds))
             except Exception as error:  # noqa: BLE001 - looks go on, whatever a store raises
                 pause = min(max(2 * pause, FIRST_PAUSE), IDLE)
                 _log.warning("views are not looked at for %.2f s: %s", pause, described(error))
@@ -344,10 +347,10 @@ class Follower:
                 return
             try:
                 await self._platform.in_thread(self._pages.retry_known, again)
-            except Exception as error:  # noqa: BLE001 - it can be asked for, too
+            except (PersistenceError, LeftfoldError) as error:  # it can be asked for, too
                 _log.warning("%s: nothing is tried again: %s", _name(reader), described(error))
 
-    def _ask(self, holds: bool = False) -> tuple[int, list[Checkpoint]]:  # noqa: FBT001, FBT002 - as a thread takes it
+    def _ask(self, *, holds: bool = False) -> tuple[int, list[Checkpoint]]:
         followed = [reader for reader in self.readers.values() if not reader.is_local]
         readers = [reader.reader for reader in followed]
         found = self._views.checkpoints(readers)
@@ -422,23 +425,24 @@ class Follower:
             is_free = reader.is_mine and not reader.is_busy and not reader.is_inline
             if not is_free or reader.failure is not None:
                 continue
-            if not reader.is_due or reader.not_before > now or self._is_held_back(reader):
+            reach = self._reach(reader)
+            is_held_back = reach is not None and reach <= reader.position
+            if not reader.is_due or reader.not_before > now or is_held_back:
                 continue
             work = reader.work
             is_apart = reader.is_alone or not isinstance(work, Fold) or work.process is not None
             groups.setdefault(name if is_apart else reader.position, []).append(reader)
         return list(groups.values())
 
-    def _is_held_back(self, reader: Followed) -> bool:
-        """Tell whether a subscriber has to wait for views that it needs."""
+    def _reach(self, reader: Followed) -> int | None:
+        """Return how far a reader may go: as far as all views that it needs; None: as the log."""
         if not isinstance(reader.work, Subscription):
-            return False
-        needed = reader.work.reader.needs
-        views = [self.readers[view.table] for view in needed if view.table in self.readers]
-        is_built = all(view.checkpoint.is_built or view.is_inline for view in views)
-        seen = min((view.position for view in views if not view.is_inline), default=None)
-        reader.work.until = seen
-        return not is_built or (seen is not None and seen <= reader.position)
+            return None
+        views = [self.readers[view.table] for view in reader.work.reader.needs]
+        late = [view for view in views if not view.is_inline]
+        if not all(view.checkpoint.is_built for view in late):
+            return 0
+        return min((view.position for view in late), default=None)
 
     def _begin(self, group: Sequence[Followed]) -> None:
         for reader in group:
@@ -497,7 +501,7 @@ class Follower:
         in_thread, pages = self._platform.in_thread, self._pages
         (first, *_) = group
         if isinstance(first.work, Subscription):
-            return await first.work.turn(limit), None
+            return await first.work.turn(limit, self._reach(first)), None
         folds = [reader.work for reader in group]
         if first.work.process is not None:
             return await in_thread(pages.fold, folds, limit), None

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
-from functools import partial
 from itertools import groupby, islice
 from operator import attrgetter
 from pathlib import Path
@@ -30,7 +29,7 @@ from leftfold.application.ports import (
     Save,
     ViewStore,
 )
-from leftfold.application.process import Process, Reactions, reaction_id
+from leftfold.application.process import Process, Reactions
 from leftfold.domain import Aggregate, DomainError, Event, LeftfoldError, clock, project
 from leftfold.infrastructure.access import may_pass
 from leftfold.infrastructure.errors import (
@@ -134,7 +133,7 @@ class Turn(Generic[R]):
         self._pages = pages
         self._parked: set[str] = pages.parked(fold) if before is None else set(before._parked)
         if fold.process is not None:
-            self.reactions = Reactions(fold.reader.name, pages.find)
+            self.reactions = Reactions(fold.process, pages.find)
 
     def take(self, logged: Sequence[LoggedEvent], events: Sequence[Any], *, is_whole: bool) -> None:
         """Fold some events, all of which could be decoded if it `is_whole`.
@@ -150,7 +149,8 @@ class Turn(Generic[R]):
             self.rows.update(reader.fold(events, self._load))
             return
         with self.reactions.made(), clock.clock(self._pages.now):
-            self.rows.update(reader.fold(events, self._load, self._react(events)))
+            react = self._reacting(self.reactions, events)
+            self.rows.update(reader.fold(events, self._load, react))
 
     def end(self, position: int, *, is_built: bool) -> None:
         """Say how far it reaches."""
@@ -218,23 +218,19 @@ class Turn(Generic[R]):
             )
             self.parked.append(letter)
 
-    def _react(self, events: Sequence[Event]) -> Callable[[Any, Any, Event], None]:
-        reactions, process = self.reactions, self.fold.process
-        assert reactions is not None  # noqa: S101 - there is a process
-        assert process is not None  # noqa: S101 - that it reacts with
-        react = partial(reactions.react, process)
-        # Another version, before this one or beside it, may have reacted to some.
-        name = self.fold.reader.name
-        ids = {
-            reaction_id(name, e.originator_id, e.originator_version): e
-            for e in events
-            if self.fold.reader.is_of(e)
-        }
+    def _reacting(
+        self, reactions: Reactions, events: Sequence[Event]
+    ) -> Callable[[Any, Any, Event], None]:
+        """Return what lets the process react to events, but for those that it has reacted to.
+
+        Another version, before this one or beside it, may have.
+        """
+        ids = {reactions.command_id(e): e for e in events if self.fold.reader.is_of(e)}
         known = {id(ids[command_id]) for command_id in self._pages.log.commands(list(ids))}
 
         def react_to_new(before: Any, after: Any, event: Event) -> None:
             if id(event) not in known:
-                react(before, after, event)
+                reactions.react(before, after, event)
 
         return react_to_new
 

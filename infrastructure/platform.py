@@ -21,6 +21,8 @@ from datetime import UTC, datetime
 from types import FrameType
 from typing import Any, TypeVar
 
+from leftfold.infrastructure.errors import NotRunningError
+
 T = TypeVar("T")
 
 THREADS = 6
@@ -64,7 +66,6 @@ def start_task(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
 
 
 _pausing = threading.Lock()
-_paused = False
 
 
 @contextmanager
@@ -74,20 +75,16 @@ def collector_paused() -> Iterator[None]:
     Events and rows come by the thousand and are in no cycles; to look through them all again and
     again takes a fifth of a page's time.
     """
-    global _paused  # noqa: PLW0603 - there is one collector
-    with _pausing:
-        # One at a time, or it might never run; and not where the program has it off.
-        is_ours = not _paused and gc.isenabled()
-        if is_ours:
-            gc.disable()
-            _paused = True
+    # One at a time, or it might never run; and not where the program has it off.
+    if not gc.isenabled() or not _pausing.acquire(blocking=False):
+        yield
+        return
+    gc.disable()
     try:
         yield
     finally:
-        if is_ours:
-            with _pausing:
-                gc.enable()
-                _paused = False
+        gc.enable()
+        _pausing.release()
 
 
 class SystemPlatform:
@@ -183,7 +180,13 @@ class _Ids:
 async def _run_in(executor: ThreadPoolExecutor, function: Callable[..., T], *args: Any) -> T:
     context = contextvars.copy_context()
     call = functools.partial(context.run, function, *args)
-    return await asyncio.get_running_loop().run_in_executor(executor, call)
+    loop = asyncio.get_running_loop()
+    begun: asyncio.Future[T]
+    try:
+        begun = loop.run_in_executor(executor, call)
+    except RuntimeError:  # it was shut down
+        raise NotRunningError from None
+    return await begun
 
 
 def start_thread(function: Callable[[], T]) -> tuple[threading.Thread, Future[T]]:

@@ -222,7 +222,11 @@ class Runtime:
         return await self._opened.upkeep.compare(name)
 
     async def drop_version(self, name: str, version: int) -> None:
-        """Delete an old version of a view. Raises `ViewInUseError` for one that is kept."""
+        """Delete an old version of a view.
+
+        Raises `ViewInUseError` for one that is kept up to date, or that is this model's, and
+        `InvalidModelError` for one that is not stored.
+        """
         await self._opened.upkeep.drop_version(name, version)
 
     async def purge_receipts(self) -> int:

@@ -44,8 +44,6 @@ class Subscription:
         self.topics = frozenset(subscriber.topics)
         self.checkpoint = Checkpoint(0, -1)
         self.is_sparse = True
-        self.until: int | None = None
-        """Tell of no event beyond this position: views that it needs have not seen it."""
         self._pages = pages
         self._platform = platform
         self._stuck: set[str] | None = None
@@ -70,13 +68,13 @@ class Subscription:
         """Tell of no more events than the one under way, and that not again if it fails."""
         self._is_stopping = True
 
-    async def turn(self, limit: int) -> Outcome:
-        """Tell of the next events, and move the checkpoint.
+    async def turn(self, limit: int, until: int | None = None) -> Outcome:
+        """Tell of the next events, none beyond a position, and move the checkpoint.
 
         Raises what is `NOT_NOW` if the first of them has to wait.
         """
         in_thread, monotonic = self._platform.in_thread, self._platform.monotonic
-        page = await in_thread(self._pages.read_for, self, min(limit, AT_ONCE), self.until)
+        page = await in_thread(self._pages.read_for, self, min(limit, AT_ONCE), until)
         stuck = await in_thread(self._stuck_keys)
         parked: list[DeadLetter] = []
         told, latest = 0, monotonic() + WITHIN

@@ -64,7 +64,7 @@ class Scenario(Generic[A]):
         if self._aggregate is None:
             self._aggregate = made
         if self._aggregate is not None:
-            self._recorded = list(self._aggregate.collect_events())  # type: ignore[arg-type]  # our events
+            self._recorded = list(self._aggregate.collect_events())
         return self
 
     def then(self, *expected: Event) -> Self:

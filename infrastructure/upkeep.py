@@ -15,6 +15,7 @@ from leftfold.application.checkpoints import Checkpoint, Comparison, DeadLetter
 from leftfold.application.ports import Access, Platform
 from leftfold.infrastructure.access import may_pass
 from leftfold.infrastructure.errors import (
+    NotRunningError,
     TooManyDeadLettersError,
     ViewBusyError,
     ViewChangedError,
@@ -230,7 +231,7 @@ class _Rebuild:
         """Let others go on with it."""
         try:
             await self._platform.in_thread(self._views.release, self._owner)
-        except Exception as error:  # noqa: BLE001 - the lease runs out by itself
+        except (PersistenceError, NotRunningError) as error:  # the lease runs out by itself
             _log.warning("a lease is not given back: %s", described(error))
 
     async def _begin(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from leftfold.application.items.views import begun
 from leftfold.application.process import Process
 from leftfold.application.projection import Projection
 from leftfold.domain import Event
@@ -55,32 +56,32 @@ def _registered(_: ReorderWatch | None, event: ItemRegistered) -> ReorderWatch:
 
 @reorder_watch.on(StockReceived)
 def _received(row: ReorderWatch | None, event: StockReceived) -> ReorderWatch:
-    row = _begun(row)
+    row = begun(row)
     # Too small a delivery opens the next reorder.
     return _watched(replace(row, on_hand=row.on_hand + event.quantity, is_open=False))
 
 
 @reorder_watch.on(StockSold)
 def _sold(row: ReorderWatch | None, event: StockSold) -> ReorderWatch:
-    row = _begun(row)
+    row = begun(row)
     return _watched(replace(row, on_hand=row.on_hand - event.quantity))
 
 
 @reorder_watch.on(StockReturned)
 def _returned(row: ReorderWatch | None, event: StockReturned) -> ReorderWatch:
-    row = _begun(row)
+    row = begun(row)
     return _watched(replace(row, on_hand=row.on_hand + event.quantity))
 
 
 @reorder_watch.on(StockWrittenOff)
 def _written_off(row: ReorderWatch | None, event: StockWrittenOff) -> ReorderWatch:
-    row = _begun(row)
+    row = begun(row)
     return _watched(replace(row, on_hand=row.on_hand - event.quantity))
 
 
 @reorder_watch.on(ItemDiscontinued)
 def _discontinued(row: ReorderWatch | None, _: ItemDiscontinued) -> ReorderWatch:
-    return replace(_begun(row), discontinued=True)
+    return replace(begun(row), discontinued=True)
 
 
 def _watched(row: ReorderWatch) -> ReorderWatch:
@@ -90,11 +91,6 @@ def _watched(row: ReorderWatch) -> ReorderWatch:
     return replace(row, number=row.number + 1, is_open=True)
 
 
-def _begun(row: ReorderWatch | None) -> ReorderWatch:
-    assert row is not None  # noqa: S101 - a stream begins with ItemRegistered
-    return row
-
-
 class ReorderProcess(Process):
     """Opens reorders of items, and closes them when stock is received."""
 
@@ -102,7 +98,7 @@ class ReorderProcess(Process):
     projection = reorder_watch
 
     def react(self, before: ReorderWatch | None, after: ReorderWatch | None, event: Event) -> None:
-        row = _begun(after)
+        row = begun(after)
         if before is not None and before.is_open and isinstance(event, StockReceived):
             key = Reorder.key_of(before.sku, before.number)
             reorder = self.repository.load(Reorder, Reorder.id_of(key))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from decimal import Decimal
+from typing import TypeVar
 
 from leftfold.application.projection import Projection
 from leftfold.domain.items import (
@@ -19,6 +20,8 @@ from leftfold.domain.items import (
     StockSold,
     StockWrittenOff,
 )
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +69,17 @@ def _registered(_: ItemRow | None, event: ItemRegistered) -> ItemRow:
 
 @item_stock.on(ItemRenamed)
 def _renamed(row: ItemRow | None, event: ItemRenamed) -> ItemRow:
-    return replace(_begun(row), name=event.name)
+    return replace(begun(row), name=event.name)
 
 
 @item_stock.on(ItemRepriced)
 def _repriced(row: ItemRow | None, event: ItemRepriced) -> ItemRow:
-    return replace(_begun(row), unit_price=event.unit_price)
+    return replace(begun(row), unit_price=event.unit_price)
 
 
 @item_stock.on(StockReceived)
 def _received(row: ItemRow | None, event: StockReceived) -> ItemRow:
-    row = _begun(row)
+    row = begun(row)
     return replace(
         row,
         on_hand=row.on_hand + event.quantity,
@@ -86,7 +89,7 @@ def _received(row: ItemRow | None, event: StockReceived) -> ItemRow:
 
 @item_stock.on(StockSold)
 def _sold(row: ItemRow | None, event: StockSold) -> ItemRow:
-    row = _begun(row)
+    row = begun(row)
     at = event.occurred_at
     # Nearly every event is a sale: spelt out, this takes half the time of `replace`.
     return ItemRow(
@@ -109,7 +112,7 @@ def _sold(row: ItemRow | None, event: StockSold) -> ItemRow:
 
 @item_stock.on(StockReturned)
 def _returned(row: ItemRow | None, event: StockReturned) -> ItemRow:
-    row = _begun(row)
+    row = begun(row)
     return replace(
         row,
         on_hand=row.on_hand + event.quantity,
@@ -120,7 +123,7 @@ def _returned(row: ItemRow | None, event: StockReturned) -> ItemRow:
 
 @item_stock.on(StockWrittenOff)
 def _written_off(row: ItemRow | None, event: StockWrittenOff) -> ItemRow:
-    row = _begun(row)
+    row = begun(row)
     return replace(
         row,
         on_hand=row.on_hand - event.quantity,
@@ -130,11 +133,14 @@ def _written_off(row: ItemRow | None, event: StockWrittenOff) -> ItemRow:
 
 @item_stock.on(ItemDiscontinued)
 def _discontinued(row: ItemRow | None, _: ItemDiscontinued) -> ItemRow:
-    return replace(_begun(row), discontinued=True)
+    return replace(begun(row), discontinued=True)
 
 
-def _begun(row: ItemRow | None) -> ItemRow:
-    assert row is not None  # noqa: S101 - a stream begins with ItemRegistered
+def begun(row: R | None) -> R:
+    """Return a row that is there: a stream begins with `ItemRegistered`. Raises `LookupError`."""
+    if row is None:
+        msg = "nothing was registered before"
+        raise LookupError(msg)
     return row
 
 

@@ -1,28 +1,38 @@
-"""What the stores on databases share: forms of ids and rows, and the library's notifications."""
+"""What stores share: runs of commits, verdicts, forms of ids, and the library's notifications."""
 
 from __future__ import annotations
 
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import NamedTuple
 from uuid import UUID
 
-import sqlalchemy as sa
-from eventsourcing.persistence import Notification, StoredEvent
+from eventsourcing.persistence import (
+    IntegrityError,
+    Notification,
+    OperationalError,
+    StoredEvent,
+)
 
-from leftfold.application import Projection
-from leftfold.application.checkpoints import Change
-from leftfold.application.errors import NotUnique
-from leftfold.application.ports import EncodedEvent, Failed, Group, LoggedEvent, Stale, Verdict
-from leftfold.domain.personal import Keys
-from leftfold.infrastructure.platform import collector_paused
-from leftfold.infrastructure.tables import Encoded, ViewTable, index_name
-
-R = TypeVar("R")
+from leftfold.application.checkpoints import Checkpoint, Reader
+from leftfold.application.errors import DispatchError
+from leftfold.application.ports import (
+    Committed,
+    EncodedEvent,
+    Failed,
+    Group,
+    LoggedEvent,
+    Stale,
+    Verdict,
+)
+from leftfold.domain import LeftfoldError
+from leftfold.infrastructure.errors import ViewChangedError
 
 SCHEMA_VERSION = 3
 MAX_VERSION = 2**62
+ABSENT = Checkpoint(0, is_built=False)
+"""Stands for a reader that was dropped: nobody can hold it, and no page of it is written."""
 
 
 class Run(NamedTuple):
@@ -126,45 +136,6 @@ class Notifying:
         ]
 
 
-class Tables:
-    """The tables of projections on one kind of database."""
-
-    dialect: ClassVar[sa.Dialect]
-
-    def __init__(self, keys: Keys | None, *, may_define: bool) -> None:
-        self._keys = keys
-        self._may_define = may_define
-        self._tables: dict[str, ViewTable[Any]] = {}
-
-    def table(self, projection: Projection[R]) -> ViewTable[R]:
-        table = self._tables.get(projection.table)
-        if table is None or table.projection is not projection:
-            table = ViewTable(projection, self.dialect, self._keys)
-            self._tables[projection.table] = table
-        return table
-
-    def encode(self, changes: Sequence[Change]) -> list[Encoded]:
-        """Encode the rows of a page, before any lock is taken; those that views share, once."""
-        shared: dict[tuple[int, type], Encoded] = {}
-        found: list[Encoded] = []
-        for change in changes:
-            reader, encoded = change.reader, Encoded()
-            if isinstance(reader, Projection) and change.rows:
-                same = (id(change.rows), reader.row)
-                with collector_paused():
-                    encoded = self.table(reader).encode(change.rows, shared.get(same))
-                shared[same] = encoded
-            found.append(encoded)
-        return found
-
-    @abstractmethod
-    def load(self, projection: Projection[R], keys: Sequence[str]) -> dict[str, R]: ...
-
-    def get(self, projection: Projection[R], key: str) -> R | None:
-        row = self.load(projection, (key,)).get(key)
-        return row if row is not None and projection.shows(row) else None
-
-
 def as_uuid(aggregate_id: UUID | str) -> UUID:
     """Return the id; the library allows text."""
     return aggregate_id if isinstance(aggregate_id, UUID) else UUID(aggregate_id)
@@ -189,10 +160,31 @@ def load_aggregates(text: str) -> tuple[tuple[UUID, int], ...]:
     return tuple((UUID(i), version) for i, version in json.loads(text))
 
 
-def not_unique(projection: Projection[Any], name: str) -> NotUnique | None:
-    """Return the refusal that the name of a violated index or its columns stands for."""
-    for columns in projection.unique:
-        listed = ", ".join(f"{projection.table}.{column}" for column in columns)
-        if name in (listed, index_name(projection, columns, "unique")):
-            return NotUnique(projection.name, columns)
-    return None
+def is_written(verdict: Verdict) -> bool:
+    """Tell whether events were written; if not, the page is folded again.
+
+    Raises what refuses them, `IntegrityError` if no more is known, and `OperationalError` for a
+    store that failed.
+    """
+    if isinstance(verdict, Failed):
+        if verdict.refusal is not None:
+            raise verdict.refusal
+        raise (IntegrityError if verdict.is_refusal else OperationalError)(verdict.reason)
+    return isinstance(verdict, Committed)
+
+
+def refused(error: LeftfoldError) -> Failed:
+    """Return the verdict on events that an inline view does not take."""
+    refusal = error if isinstance(error, DispatchError) else None
+    return Failed(str(error), is_refusal=True, refusal=refusal)
+
+
+def check_unchanged(reader: Reader, columns: str, found: tuple[str, str]) -> None:
+    """Compare a reader with what is stored of it: its columns, and what it reads.
+
+    Raises `ViewChangedError`. Nothing is known of what older releases read.
+    """
+    now = (columns, reader.reads)
+    for then, this in zip(found, now, strict=True):
+        if then not in (this, ""):
+            raise ViewChangedError(f"{reader.name}_v{reader.version}", then, this)

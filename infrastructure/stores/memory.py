@@ -36,8 +36,7 @@ from leftfold.domain.personal import Keys
 from leftfold.domain.specification.values import plain
 from leftfold.infrastructure.platform import monotonic
 from leftfold.infrastructure.rows import RowShape, columns_of, describe
-from leftfold.infrastructure.stores.readers import ABSENT, check_unchanged
-from leftfold.infrastructure.stores.verdicts import is_written, refused
+from leftfold.infrastructure.stores.common import ABSENT, check_unchanged, is_written, refused
 
 R = TypeVar("R")
 
@@ -236,13 +235,14 @@ class MemoryViews:
             raise
 
     def checkpoints(self, readers: Sequence[Reader]) -> list[Checkpoint]:
-        return [
-            self._checkpoints.get(_id(reader), ABSENT)._replace(
-                is_held=self._is_held(_id(reader)),
-                dead_letters=len(self._letters.get(_id(reader), ())),
-            )
-            for reader in readers
-        ]
+        with self._log.locked():
+            return [
+                self._checkpoints.get(_id(reader), ABSENT)._replace(
+                    is_held=self._is_held(_id(reader)),
+                    dead_letters=len(self._letters.get(_id(reader), ())),
+                )
+                for reader in readers
+            ]
 
     def hold(self, readers: Sequence[Reader], owner: str, seconds: float) -> list[Checkpoint]:
         with self._log.locked():

@@ -17,7 +17,6 @@ from eventsourcing.postgres import PostgresProcessRecorder
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import TupleRow, dict_row, tuple_row
 
-from leftfold.application import Projection
 from leftfold.application.checkpoints import Reader
 from leftfold.application.ports import (
     NOTHING,
@@ -51,6 +50,7 @@ from leftfold.infrastructure.stores.common import (
     commit_in_runs,
     encoded,
     load_aggregates,
+    refused,
 )
 from leftfold.infrastructure.stores.postgres_commits import (
     AsyncConnection,
@@ -74,14 +74,7 @@ from leftfold.infrastructure.stores.postgres_schema import (
     LOCK,
     STATEMENTS,
 )
-from leftfold.infrastructure.stores.postgres_views import (
-    DDL_LOCK,
-    VIEWS_CHANNEL,
-    PostgresViews,
-    set_up_reader,
-)
-from leftfold.infrastructure.stores.verdicts import refused
-from leftfold.infrastructure.tables import POSTGRES, ViewTable
+from leftfold.infrastructure.stores.postgres_views import DDL_LOCK, VIEWS_CHANNEL, PostgresViews
 
 R = TypeVar("R")
 
@@ -337,8 +330,8 @@ class PostgresStore:
             self.log = PostgresLog(database)
         except PersistenceError as error:  # it asks the database for its settings
             raise StoreUnavailableError(self.name, str(error)) from None
-        self.views = PostgresViews(self.name, database, self.log, keys, may_define=create_tables)
-        self.log.views, self.log.inline = self.views, inline
+        self.views = PostgresViews(self.name, database, keys, may_define=create_tables)
+        self.log.views, self.log.inline, self.views.log = self.views, inline, self.log
 
     def _connect(self, *, autocommit: bool = False) -> psycopg.Connection[TupleRow]:
         return psycopg.connect(
@@ -382,9 +375,10 @@ class PostgresStore:
             cursor.execute("INSERT INTO leftfold_schema VALUES (%s)", (SCHEMA_VERSION,))
         elif version != SCHEMA_VERSION:
             raise SchemaVersionError(self.name, version, SCHEMA_VERSION)
+        joined = Joined(cursor.connection)
+        views = PostgresViews(self.name, joined, None, may_define=create_tables)
         for reader in readers:
-            table = ViewTable(reader, POSTGRES) if isinstance(reader, Projection) else None
-            set_up_reader(cursor, self.name, reader, table, create_tables=create_tables)
+            views.define(reader)
 
     def listen(self) -> int | None:
         """Begin to listen for commits; return a descriptor that becomes readable at each."""

@@ -19,7 +19,6 @@ from eventsourcing.persistence import (
 )
 from eventsourcing.sqlite import SQLiteCursor, SQLiteProcessRecorder
 
-from leftfold.application import Projection
 from leftfold.application.checkpoints import Reader
 from leftfold.application.ports import (
     NOTHING,
@@ -55,6 +54,7 @@ from leftfold.infrastructure.stores.common import (
     dump_aggregates,
     encoded,
     load_aggregates,
+    refused,
 )
 from leftfold.infrastructure.stores.sqlite_file import (
     Joined,
@@ -64,8 +64,7 @@ from leftfold.infrastructure.stores.sqlite_file import (
     insert_rows,
     marks,
 )
-from leftfold.infrastructure.stores.sqlite_views import SQLiteViews, set_up_reader
-from leftfold.infrastructure.stores.verdicts import refused
+from leftfold.infrastructure.stores.sqlite_views import SQLiteViews
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -84,6 +83,7 @@ EACH_TOPIC = (
     "SELECT (SELECT min(topic) FROM stored_events WHERE topic > found.topic) FROM found "
     "WHERE topic IS NOT NULL) SELECT topic FROM found WHERE topic IS NOT NULL"
 )
+TOGETHER = 250  # of what a compound query may have 500
 OF_TOPIC = (
     "SELECT * FROM (SELECT position FROM stored_events WHERE topic = ? AND position > ? "
     "ORDER BY position LIMIT ?)"
@@ -144,6 +144,9 @@ class SQLiteEvents:
         self.datastore = datastore
 
     def read(self, after: int, limit: int, topics: Sequence[str] = ()) -> list[LoggedEvent]:
+        if len(topics) > TOGETHER:
+            halves = topics[:TOGETHER], topics[TOGETHER:]
+            return sorted(chain(*(self.read(after, limit, half) for half in halves)))[:limit]
         given: tuple[object, ...] = (after, limit)
         wanted = "position > ?"
         if topics:
@@ -427,13 +430,12 @@ class SQLiteStore:
             file = SQLiteFile(str(self._path), self._lock_timeout)
             self._file = file
             self.log = SQLiteLog(file)
-            self.views = SQLiteViews(self.name, file, self.log, keys, may_define=create_tables)
-            self.log.views, self.log.inline = self.views, inline
+            self.views = SQLiteViews(self.name, file, keys, may_define=create_tables)
+            self.log.views, self.log.inline, self.views.log = self.views, inline, self.log
             with file.writing() as connection:
                 _set_up(connection, self.name, self.log, create_tables=create_tables)
                 for reader in readers:
-                    table = self.views.table(reader) if isinstance(reader, Projection) else None
-                    set_up_reader(connection, self.name, reader, table, create_tables=create_tables)
+                    self.views.within(Joined(connection)).define(reader)
         except (sqlite3.Error, PersistenceError, OSError) as error:
             self.close()
             raise StoreUnavailableError(self.name, str(error)) from error

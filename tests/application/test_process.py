@@ -30,7 +30,7 @@ from leftfold.application.items import (
     reorder_watch,
     shop_model,
 )
-from leftfold.application.process import Reactions, reaction_id
+from leftfold.application.process import Reactions
 from leftfold.domain import Aggregate, Created, DomainError, Event, Metadata
 from leftfold.domain.items import Item, ItemRegistered, Reorder, ReorderOpened, StockSold
 from leftfold.infrastructure import Runtime
@@ -173,14 +173,9 @@ def process():
         yield process
 
 
-def reacting(process, react):
-    process.react = react
-    return process
-
-
 def test_a_reaction_sees_what_those_before_it_have_done(process):
     reorder_id = Reorder.id_of(Reorder.key_of("A", 1))
-    reactions = Reactions("name", process.repository.find_all)
+    reactions = Reactions(process, process.repository.find_all)
 
     def opens(before, after, event):
         process.repository.save(Reorder.open("A", 1, 0, 0))
@@ -191,10 +186,11 @@ def test_a_reaction_sees_what_those_before_it_have_done(process):
         process.repository.save(reorder)
 
     with reactions.made():
-        reactions.react(reacting(process, opens), None, None, sold(2))
-        reactions.react(reacting(process, closes), None, None, sold(3))
-    ids = [reaction_id("name", Item.id_of("A"), version) for version in (2, 3)]
-    assert list(reactions.saved) == ids
+        process.react = opens
+        reactions.react(None, None, sold(2))
+        process.react = closes
+        reactions.react(None, None, sold(3))
+    assert list(reactions.saved) == [reactions.command_id(sold(n)) for n in (2, 3)]
     assert [event.originator_version for event in reactions.events] == [1, 2]
     assert process.repository.find(Reorder, reorder_id) is None  # nothing is written here
 
@@ -202,27 +198,29 @@ def test_a_reaction_sees_what_those_before_it_have_done(process):
 def test_what_a_reaction_only_looked_at_must_stay_as_it_was(process):
     present, absent = Reorder.open("A", 1, 0, 0), Reorder.id_of("absent")
     process.repository.save(present)
-    reactions = Reactions("name", process.repository.find_all)
+    reactions = Reactions(process, process.repository.find_all)
 
     def looks(before, after, event):
         process.repository.find_all(Reorder, [present.id, absent])
         process.repository.save(Reorder.open("B", 1, 0, 0))
 
     with reactions.made():
-        reactions.react(reacting(process, looks), None, None, sold(2))
+        process.react = looks
+        reactions.react(None, None, sold(2))
     assert reactions.based_on() == {present.id: 1, absent: 0}
 
 
 def test_a_reaction_that_forgets_to_save_is_an_error(process):
     opened = Reorder.open("A", 1, 0, 0)
     process.repository.save(opened)
-    reactions = Reactions("name", process.repository.find_all)
+    reactions = Reactions(process, process.repository.find_all)
 
     def forgets(before, after, event):
         process.repository.load(Reorder, opened.id).close(1)
 
+    process.react = forgets
     with reactions.made(), pytest.raises(UnsavedEventsError):
-        reactions.react(reacting(process, forgets), None, None, sold(2))
+        reactions.react(None, None, sold(2))
 
 
 def test_a_process_without_a_projection_is_refused():

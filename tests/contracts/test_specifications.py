@@ -233,7 +233,7 @@ def test_an_indexable_comparison_uses_the_index(shared_url, where, order, index)
     assert put(views, stock, rows)
     query = views.table(stock).select(order, 50, None, where)
     if shared_url.startswith("sqlite"):
-        with views._file.reading() as cursor:
+        with views._database.reading() as cursor:
             cursor.execute("ANALYZE")
             cursor.execute(f"EXPLAIN QUERY PLAN {query.sql}", query.parameters)
             steps = " ".join(str(step) for step in cursor)

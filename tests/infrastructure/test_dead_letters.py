@@ -68,6 +68,14 @@ async def sold(shop, sell, *quantities, sku="A"):
         (await shop.commands.dispatch(sell(sku, quantity))).unwrap()
 
 
+async def until(is_so):
+    for _ in range(400):
+        if is_so():
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError("it took too long")
+
+
 def health(shop, name="sales"):
     return next(p for p in shop.health().projections if p.name == name)
 
@@ -342,10 +350,7 @@ async def test_a_view_stops_that_has_put_aside_too_much_behind_one_event(
         await shop.catch_up(1)
         assert health(shop).state == "halted"
         await shop.drop_dead_letters("sales")
-        for _ in range(200):
-            if health(shop).state == "live":
-                break
-            await asyncio.sleep(0.02)
+        await until(lambda: health(shop).state == "live")
         assert health(shop).state == "live"
 
 
@@ -360,10 +365,7 @@ async def test_a_view_that_halted_goes_on_when_another_process_asks_for_it(
         assert isinstance((await shop.catch_up()).error, ViewStopped)
         fault.quantities.clear()
         await other.retry("sales")
-        for _ in range(400):
-            if health(shop).state == "live":
-                break
-            await asyncio.sleep(0.02)
+        await until(lambda: health(shop).state == "live")
         assert await rows(shop, view) == {"A": 7}
 
 

@@ -32,6 +32,7 @@ from leftfold.application.ports import EncodedEvent, Group, Save
 from leftfold.domain import DomainError, Err, attr
 from leftfold.domain.items import ItemRegistered, ItemRenamed, StockReceived, StockSold
 from leftfold.infrastructure import Runtime, Settings
+from leftfold.infrastructure.follower import FIRST_PAGE
 from leftfold.infrastructure.items import open_items
 from leftfold.infrastructure.pages import Fold, Pages
 from leftfold.infrastructure.platform import SystemPlatform, collector_paused
@@ -483,3 +484,25 @@ def test_the_collector_runs_again_after_a_page_and_stays_off_where_it_was_off():
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(("page_seconds", "grows"), [(60.0, True), (1e-6, False)])
+async def test_pages_grow_and_shrink_to_take_as_long_as_they_may(
+    sqlite_url, register, sell, page_seconds, grows
+):
+    async with open_items(settings=Settings(store=sqlite_url, follow=False)) as shop:
+        await shop.commands.dispatch(register("A", 10**6))
+        for _ in range(12):
+            (await shop.commands.dispatch_all([sell("A") for _ in range(500)])).unwrap()
+    sizes = []
+    settings = Settings(store=sqlite_url, page_seconds=page_seconds, follow=False)
+    model = replace(item_model, projections=(item_stock,))
+    async with Runtime(model, settings=settings) as shop:
+        shop._parts.follower._paged = lambda reader, events, seconds: sizes.append(events)
+        shop.follow()
+        (await shop.catch_up(30)).unwrap()
+        await asyncio.sleep(0.05)
+        size = shop._parts.follower.readers["item_stock_v1"].limit
+    assert sum(sizes) == 6_001
+    assert (size > FIRST_PAGE) is grows
+    assert size >= 1

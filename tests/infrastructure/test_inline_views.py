@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
 import pytest
@@ -145,22 +146,25 @@ async def test_what_is_refused_leaves_no_trace_in_other_inline_views(store_url, 
         assert shown(shop, last) == ["Pot"]
 
 
+@asynccontextmanager
+async def busy(url, view, register, sell):
+    """A shop that sells all the while, and in the end has refused nothing."""
+    async with opened(url, view) as shop:
+        (await shop.commands.dispatch(named(register, "A", "Cup", 10**6))).unwrap()
+        selling = asyncio.gather(*(shop.commands.dispatch(sell("A", 1)) for _ in range(300)))
+        yield shop
+        assert all(answer.is_ok() for answer in await selling)
+
+
 async def test_it_can_be_opened_while_others_write(shared_url, register, sell):
     view = names()
-    async with opened(shared_url, view) as shop:
-        (await shop.commands.dispatch(named(register, "A", "Cup", 10**6))).unwrap()
-        writing = asyncio.gather(*(shop.commands.dispatch(sell("A", 1)) for _ in range(300)))
+    async with busy(shared_url, view, register, sell):
         for _ in range(10):
             async with opened(shared_url, view) as other:
                 assert shown(other, view) == ["Cup"]
-        assert all(answer.is_ok() for answer in await writing)
 
 
 async def test_it_can_be_built_anew_while_others_write(shared_url, register, sell):
-    view = names()
-    async with opened(shared_url, view) as shop:
-        (await shop.commands.dispatch(named(register, "A", "Cup", 10**6))).unwrap()
-        writing = asyncio.gather(*(shop.commands.dispatch(sell("A", 1)) for _ in range(200)))
+    async with busy(shared_url, names(), register, sell) as shop:
         for _ in range(3):
             assert (await shop.rebuild("names")).changed == 0
-        assert all(answer.is_ok() for answer in await writing)

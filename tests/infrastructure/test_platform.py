@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
@@ -8,6 +9,7 @@ from uuid import RFC_4122, UUID
 
 import pytest
 
+from leftfold.infrastructure.errors import NotRunningError
 from leftfold.infrastructure.platform import SystemPlatform
 
 
@@ -38,3 +40,14 @@ def test_no_two_threads_get_one_id(platform):
     with ThreadPoolExecutor(8) as threads:
         made = list(threads.map(lambda _: platform.new_id(), range(20_000)))
     assert len(set(made)) == 20_000
+
+
+def test_what_is_closed_takes_no_more_calls():
+    async def ask(platform):
+        platform.close()
+        with pytest.raises(NotRunningError):
+            await platform.in_thread(int)
+        with pytest.raises(NotRunningError):
+            await platform.in_own_thread(int)
+
+    asyncio.run(ask(SystemPlatform()))
