@@ -414,9 +414,7 @@ class Follower:
             for reader in self.readers.values():
                 if reader.is_mine and reader.is_due and not reader.is_busy and reader.pause:
                     wait = min(wait, max(0.0, reader.not_before - now))
-            if not await self._sleep(self._hint, wait):
-                for reader in self.readers.values():
-                    reader.is_due = True  # a hint may have been lost
+            await self._sleep(self._hint, wait)
 
     def _groups(self, now: float) -> list[list[Followed]]:
         """Return who may begin a page together: those that are equally far, and go well."""
@@ -593,13 +591,13 @@ class Follower:
         reader.is_mine = False  # its lease runs out: another process may know how to go on
         _log.error("%s stopped: %s", _name(reader), reader.failure)
 
-    async def _sleep(self, hint: asyncio.Event, seconds: float) -> bool:
-        """Wait for a hint; tell whether it came."""
+    async def _sleep(self, hint: asyncio.Event, seconds: float) -> None:
+        """Wait for a hint, or for some seconds."""
         try:
             async with asyncio.timeout(seconds):
-                return await hint.wait()
+                await hint.wait()
         except TimeoutError:
-            return False
+            pass
 
 
 def _name(reader: Followed) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated, Any
 
 import typer
@@ -28,9 +29,11 @@ from leftfold.infrastructure.cli.output import (
     show_json,
     show_table,
 )
-from leftfold.infrastructure.health import Health
+from leftfold.infrastructure.health import ProjectionHealth
 from leftfold.infrastructure.upkeep import Retried
 
+WATCHED = 2.0
+"""Seconds: in each one there is a look at how far others are."""
 Name = Annotated[str, typer.Argument(help="The view's name, or the process's.")]
 
 
@@ -55,17 +58,25 @@ def list_(store: Store, as_json: AsJson = False) -> None:
     """Show how far they are; this is done if no command is named."""
     model = kept_in(store)
 
-    async def run() -> Health:
+    async def run() -> tuple[ProjectionHealth, ...]:
         async with open_shop(store, model, follow=False) as shop:
-            return shop.health()
+            before = shop.health().projections
+            if not any(projection.lag for projection in before):
+                return before
+            await asyncio.sleep(WATCHED)  # others take it in: how quickly has to be seen
+            now = shop.health().projections
+        return tuple(
+            replace(late, rate=(late.position - early.position) / WATCHED)
+            for early, late in zip(before, now, strict=True)
+        )
 
-    found = complete(run()).projections
+    columns = ("name", "version", "state", "position", "lag", "rate", "dead_letters")
+    found = complete(run())
+    rows = [{name: getattr(each, name) for name in (*columns, "failure")} for each in found]
     if as_json:
-        show_json([asdict(projection) for projection in found])
-        return
-    columns = ("name", "version", "state", "position", "lag", "lag_seconds", "rate", "dead_letters")
-    rows = [[getattr(projection, name) for name in columns] for projection in found]
-    show_table("Projections", columns, rows)
+        show_json(rows)
+    else:
+        show_table("Projections", columns, [[row[name] for name in columns] for row in rows])
 
 
 @projections.command()

@@ -421,15 +421,14 @@ def test_projections_are_listed_with_how_far_they_are(shop):
         "state": "free",
         "position": head,
         "lag": 0,
-        "lag_seconds": 0.0,
         "rate": 0.0,
         "dead_letters": 0,
         "failure": None,
     }
     done = leftfold("projections", store=shop)
     assert done.stdout.splitlines()[:2] == [
-        "name\tversion\tstate\tposition\tlag\tlag_seconds\trate\tdead_letters",
-        f"item_stock\t1\tfree\t{head}\t0\t0.0\t0.0\t0",
+        "name\tversion\tstate\tposition\tlag\trate\tdead_letters",
+        f"item_stock\t1\tfree\t{head}\t0\t0.0\t0",
     ]
     assert leftfold("projections", "list", store=shop).stdout == done.stdout
 
@@ -453,6 +452,24 @@ def test_listing_projections_leaves_folding_to_those_who_do_it(shop):
     free = asked(shop, holders)
     assert {found["lag"] for found in projections(shop).values()} == {1}
     assert asked(shop, holders) == free
+
+
+def test_listing_projections_tells_how_quickly_others_get_on(shop):
+    asked(shop, "UPDATE leftfold_checkpoints SET position = 0")
+    lister = subprocess.Popen(
+        [sys.executable, "-m", "leftfold.infrastructure.cli", "projections", "--json"],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "LEFTFOLD_STORE": shop},
+    )
+    for position in range(0, 400, 2):  # somebody takes in 40 events a second
+        asked(shop, f"UPDATE leftfold_checkpoints SET position = {position}")
+        if lister.poll() is not None:
+            break
+        time.sleep(0.05)
+    told, _ = lister.communicate(timeout=30)
+    for found in json.loads(told):
+        assert 5 < found["rate"] < 50
+        assert found["lag"] > 0
 
 
 def test_a_rebuild_mends_a_view_and_tells_what_was_wrong(shop):
