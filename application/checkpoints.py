@@ -35,6 +35,11 @@ class Reader(Protocol):
         ...
 
 
+def full_name(name: str, version: int) -> str:
+    """Return what one version of a reader is called; below 0 it is what is built anew of one."""
+    return f"{name}_v{abs(version)}{'_anew' if version < 0 else ''}"
+
+
 class Checkpoint(NamedTuple):
     """How far a reader is, and who may move it on."""
 

@@ -94,12 +94,16 @@ class EventMapper(Mapper[UUID]):
 
     def to_stored_event(self, domain_event: DomainEventProtocol[UUID]) -> StoredEvent:
         """Encode an event or snapshot for the library; see `encode`. May wait for a key."""
+        return StoredEvent(*self.encode_with_key(domain_event))
+
+    def encode_with_key(self, event: Any) -> EncodedEvent:
+        """Encode an event or snapshot; see `encode`. May wait for a key."""
         try:
-            return StoredEvent(*self.encode(domain_event))
+            return self.encode(event)
         except KeysWanted as wanted:
             assert self.keys is not None  # noqa: S101 - they want it
             self.keys.provide([wanted.subject])
-            return StoredEvent(*self.encode(domain_event))
+            return self.encode(event)
 
     def encode(self, event: Any) -> EncodedEvent:
         """Encode an event or snapshot as JSON.

@@ -9,6 +9,7 @@ from typing import Any
 from eventsourcing.application import Application
 from eventsourcing.system import System
 
+from leftfold.application.checkpoints import full_name
 from leftfold.application.errors import InvalidModelError
 from leftfold.application.mapper import EventMapper
 from leftfold.application.process import Process
@@ -65,7 +66,7 @@ class Model:
             if unknown:
                 raise InvalidModelError(f"{reader.name} reads unknown events {unknown}")
             if (reader.name, reader.version) in names:
-                raise InvalidModelError(f"two are named {reader.name}_v{reader.version}")
+                raise InvalidModelError(f"two are named {full_name(reader.name, reader.version)}")
             names.add((reader.name, reader.version))
         for subscriber in self.subscribers:
             if not set(subscriber.needs) <= set(self.projections):

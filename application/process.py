@@ -19,6 +19,7 @@ from leftfold.application.projection import Projection
 from leftfold.application.receipt import Receipt
 from leftfold.application.service import NO_COMMAND, Service, current_unit
 from leftfold.domain import Aggregate, Event, Metadata, metadata
+from leftfold.domain.event import event_id
 from leftfold.domain.metadata import NO_METADATA
 
 A = TypeVar("A", bound=Aggregate)
@@ -116,6 +117,7 @@ class Reactions:
         self._used: list[Aggregate | None] = []
         self._begun: dict[UUID, int] = {}
         self._command_id = NO_COMMAND
+        self._namespace = uuid5(NAMESPACE_URL, f"leftfold:process:{process.projection.name}")
         self.saved: dict[UUID, list[Event]] = {}
         """By the ids of the commands that the reactions stand for."""
 
@@ -142,8 +144,7 @@ class Reactions:
 
     def command_id(self, event: Event) -> UUID:
         """Return the id of the command that the reaction to an event stands for."""
-        process = uuid5(NAMESPACE_URL, f"leftfold:process:{self._process.projection.name}")
-        return uuid5(process, f"{event.originator_id}:{event.originator_version}")
+        return uuid5(self._namespace, f"{event.originator_id}:{event.originator_version}")
 
     def react(self, before: Any, after: Any, event: Event) -> None:
         """Let the process react to an event, which is the cause of what it records.
@@ -152,7 +153,7 @@ class Reactions:
         """
         self._command_id = self.command_id(event)
         known = event.metadata
-        cause = str(uuid5(event.originator_id, str(event.originator_version)))
+        cause = str(event_id(event))
         correlation = known.correlation_id or cause
         metadata.use(Metadata(correlation, cause, known.user))
         self._used = []

@@ -7,6 +7,7 @@ from copy import copy
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Generic, Literal, TypeAlias, TypeVar, get_type_hints
 
+from leftfold.application.checkpoints import full_name
 from leftfold.application.errors import InvalidModelError
 from leftfold.application.fingerprints import code_of, digest
 from leftfold.domain import ALWAYS, Event, Specification
@@ -158,7 +159,7 @@ class Projection(Generic[R]):
     @property
     def table(self) -> str:
         """The name of its table: `name_vN`, and `name_vN_anew` while it is built beside that."""
-        return f"{self.name}_v{abs(self.version)}" + ("_anew" if self.version < 0 else "")
+        return full_name(self.name, self.version)
 
     @property
     def event_types(self) -> tuple[type[Event], ...]:

@@ -192,7 +192,7 @@ class DomainEvent(BaseModel):
         if showing.error is not None:
             raise showing.error
         return cls(
-            event_id=str(uuid5(event.originator_id, str(event.originator_version))),
+            event_id=str(event_id(event)),
             event_type=event.TOPIC,
             aggregate_id=str(event.originator_id),
             aggregate_type=aggregate_type,
@@ -201,6 +201,11 @@ class DomainEvent(BaseModel):
             payload=facts,
             metadata=event.metadata,
         )
+
+
+def event_id(event: Event) -> UUID:
+    """Return an event's id, the same at each reading: of its aggregate's id and the version."""
+    return uuid5(event.originator_id, str(event.originator_version))
 
 
 def upcast_gap(event_type: type[Event]) -> str | None:

@@ -11,11 +11,11 @@ from typing import Any
 from eventsourcing.persistence import PersistenceError
 
 from leftfold.application import ViewBehind, ViewStopped
-from leftfold.application.checkpoints import Checkpoint, Reader
+from leftfold.application.checkpoints import Checkpoint, Reader, full_name
 from leftfold.application.ports import Log, Platform, ViewStore
 from leftfold.domain import LeftfoldError
 from leftfold.infrastructure.access import may_pass
-from leftfold.infrastructure.errors import NotRunningError, TooManyDeadLettersError
+from leftfold.infrastructure.errors import NotRunningError
 from leftfold.infrastructure.health import ProjectionHealth, ReaderState
 from leftfold.infrastructure.pages import (
     Fold,
@@ -24,6 +24,7 @@ from leftfold.infrastructure.pages import (
     Prepared,
     described,
     failure_of,
+    fault_of,
     is_poison,
 )
 from leftfold.infrastructure.subscriptions import Subscription
@@ -49,8 +50,6 @@ UNSEEN = 3
 """How many times longer a page may take while its view is built."""
 SMOOTHING = 0.3
 """How much of a rate is the last page's."""
-MAX_DEAD_LETTERS = 10_000
-"""Of a view: with more of them it is the view that is at fault, and it stops."""
 
 Paged = Callable[[Reader, int, float], object]
 
@@ -65,6 +64,7 @@ class Followed:
     def __init__(self, work: Fold[Any] | Subscription, *, is_inline: bool = False) -> None:
         self.work = work
         self.reader = work.reader
+        self.name = full_name(work.reader.name, work.reader.version)
         self.is_inline = is_inline
         """Its rows are written with the events: there are no pages of it."""
         self.is_local = isinstance(work, Subscription) and work.reader.everywhere
@@ -98,6 +98,10 @@ class Followed:
         """Up to where it has taken the log in."""
         return self.work.checkpoint.position
 
+    def has_seen(self, position: int) -> bool:
+        """Tell whether it shows what was written up to there."""
+        return self.is_inline or self.position >= position
+
     @property
     def is_waited_for(self) -> bool:
         """Somebody waits for it to get on."""
@@ -118,7 +122,7 @@ class Followed:
 
     def note(self, now: float) -> None:
         """Note since when it is behind, and answer who waited for what it has seen."""
-        if self.position >= self.head:
+        if self.has_seen(self.head):
             self.behind_since = None
         elif self.behind_since is None:
             self.behind_since = now
@@ -136,7 +140,7 @@ class Followed:
         for position, seen in self._waiting:
             if seen.done():
                 continue
-            if self.position >= position or is_over:
+            if self.has_seen(position) or is_over:
                 seen.set_result(None)
             else:
                 still.append((position, seen))
@@ -160,7 +164,7 @@ class Followed:
 
     def health(self, now: float) -> ProjectionHealth:
         """Tell how it is."""
-        lag = max(0, self.head - self.position)
+        lag = 0 if self.has_seen(self.head) else self.head - self.position
         since = self.behind_since
         return ProjectionHealth(
             self.reader.name,
@@ -173,6 +177,14 @@ class Followed:
             self.checkpoint.dead_letters,
             None if self.failure is None else str(self.failure),
         )
+
+
+async def give_back(views: ViewStore, owner: str, platform: Platform) -> None:
+    """Give the leases of an owner back; if that fails, they run out."""
+    try:
+        await platform.in_thread(views.release, owner)
+    except (PersistenceError, NotRunningError) as error:
+        _log.warning("leases are not given back: %s", described(error))
 
 
 class Follower:
@@ -200,7 +212,7 @@ class Follower:
 
         `paged` is told of each page: its reader, its events, its seconds.
         """
-        self.readers = {f"{r.reader.name}_v{r.reader.version}": r for r in readers}
+        self.readers = {reader.name: reader for reader in readers}
         self.folds = False
         """This process folds; if not, it only watches how far others are."""
         self._pages = pages
@@ -281,16 +293,13 @@ class Follower:
     async def release(self) -> None:
         """Let others take over, at the end."""
         if any(r.is_mine and not r.is_local for r in self.readers.values()):
-            try:
-                await self._platform.in_thread(self._views.release, self._owner)
-            except (PersistenceError, NotRunningError) as error:  # the lease runs out by itself
-                _log.warning("leases are not given back: %s", described(error))
+            await give_back(self._views, self._owner, self._platform)
 
     async def wait_for(
         self, readers: Iterable[Followed], position: int, timeout: float
     ) -> ViewBehind | None:
         """Wait until readers have seen a position; return which has not after some seconds."""
-        late = [r for r in readers if r.position < position and not r.is_inline]
+        late = [reader for reader in readers if not reader.has_seen(position)]
         for reader in late:
             if reader.failure is not None or self._is_stopping:
                 return reader.behind(position)
@@ -300,7 +309,7 @@ class Follower:
         self.look()
         self.wake()
         await gathered
-        return next((r.behind(position) for r in late if r.position < position), None)
+        return next((r.behind(position) for r in late if not r.has_seen(position)), None)
 
     # Looks ------------------------------------------------------------------------------------
 
@@ -348,7 +357,7 @@ class Follower:
             try:
                 await self._platform.in_thread(self._pages.retry_known, again)
             except (PersistenceError, LeftfoldError) as error:  # it can be asked for, too
-                _log.warning("%s: nothing is tried again: %s", _name(reader), described(error))
+                _log.warning("%s: nothing is tried again: %s", reader.name, described(error))
 
     def _ask(self, *, holds: bool = False) -> tuple[int, list[Checkpoint]]:
         followed = [reader for reader in self.readers.values() if not reader.is_local]
@@ -481,7 +490,8 @@ class Follower:
             return None
         seconds = self._platform.monotonic() - began
         for reader in group:
-            failure = outcome.failed.get(reader.work)
+            work = reader.work
+            failure = outcome.failed.get(work) if isinstance(work, Fold) else None
             if failure is not None and not outcome.is_lost:
                 await self._failed(reader, failure, limit, is_shared=False)
             elif outcome.is_lost:
@@ -524,7 +534,11 @@ class Follower:
         reader.is_alone = False
         reader.head = max(reader.head, outcome.head)
         reader.is_due = reader.is_due or outcome.has_more
-        if not outcome.events or (reader.checkpoint.dead_letters and self._is_at_fault(reader)):
+        if not outcome.events:
+            return
+        fault = fault_of(reader.reader, reader.checkpoint)
+        if fault is not None:
+            self._halt(reader, fault)
             return
         if isinstance(reader.work, Fold) and reader.work.process is not None:
             self.wake()  # there may be events of its own
@@ -553,21 +567,14 @@ class Follower:
             reader.limit = max(1, limit // 2)  # so it is found
         elif work.policy == "halt":
             self._halt(reader, error)
-        elif not self._is_at_fault(reader):
+        else:
             await self._park(reader, work, error)
-
-    def _is_at_fault(self, reader: Followed) -> bool:
-        """Tell whether so much was put aside that it is no fault of events; then it stops."""
-        is_at_fault = reader.checkpoint.dead_letters >= MAX_DEAD_LETTERS
-        if is_at_fault:
-            self._halt(reader, TooManyDeadLettersError(_name(reader), MAX_DEAD_LETTERS))
-        return is_at_fault
 
     def _wait_out(self, reader: Followed, error: Exception) -> None:
         """Try again later, and later each time."""
         reader.pause = min(max(2 * reader.pause, FIRST_PAUSE), LONGEST_PAUSE)
         reader.not_before = self._platform.monotonic() + reader.pause
-        _log.warning("%s waits %.2f s: %s", _name(reader), reader.pause, described(error))
+        _log.warning("%s waits %.2f s: %s", reader.name, reader.pause, described(error))
 
     async def _park(self, reader: Followed, fold: Fold[Any], error: Exception) -> None:
         why = described(error)
@@ -581,15 +588,15 @@ class Follower:
             return
         reader.is_alone = False
         if is_parked:
-            _log.error("%s has put an event aside: %s", _name(reader), why)
+            _log.error("%s has put an event aside: %s", reader.name, why)
         else:
             reader.is_mine = False  # until it is looked at again
             self._look_hint.set()
 
     def _halt(self, reader: Followed, error: Exception) -> None:
-        reader.failure = failure_of(_name(reader), error)
+        reader.failure = failure_of(reader.name, error)
         reader.is_mine = False  # its lease runs out: another process may know how to go on
-        _log.error("%s stopped: %s", _name(reader), reader.failure)
+        _log.error("%s stopped: %s", reader.name, reader.failure)
 
     async def _sleep(self, hint: asyncio.Event, seconds: float) -> None:
         """Wait for a hint, or for some seconds."""
@@ -598,7 +605,3 @@ class Follower:
                 await hint.wait()
         except TimeoutError:
             pass
-
-
-def _name(reader: Followed) -> str:
-    return f"{reader.reader.name}_v{reader.reader.version}"

@@ -16,11 +16,10 @@ from uuid import UUID
 from eventsourcing.persistence import DataError, IntegrityError, PersistenceError
 
 from leftfold.application import EventMapper, Projection
-from leftfold.application.checkpoints import Change, Checkpoint, DeadLetter, Reader
+from leftfold.application.checkpoints import Change, Checkpoint, DeadLetter, Reader, full_name
 from leftfold.application.errors import UnknownTopicError, UnreadableEventError
 from leftfold.application.ports import (
     REACTION,
-    EncodedEvent,
     Events,
     Group,
     Log,
@@ -35,6 +34,7 @@ from leftfold.infrastructure.access import may_pass
 from leftfold.infrastructure.errors import (
     ProjectionFailedError,
     ReactionConflictError,
+    TooManyDeadLettersError,
     ViewBusyError,
 )
 from leftfold.infrastructure.platform import collector_paused
@@ -52,6 +52,8 @@ INLINE = 5_000
 """Events at a time in the transaction of others."""
 ATTEMPTS = 100
 """At a change from outside, or at a reaction, while others come between."""
+MAX_DEAD_LETTERS = 10_000
+"""Of one reader: with more of them it is the reader that is at fault, and it stops."""
 
 
 _NOTHING: Any = object()
@@ -201,7 +203,7 @@ class Turn(Generic[R]):
                     continue
                 if fold.policy == "halt":
                     raise event.error
-                self.park(at, (event.originator_id.hex,), str(event.error))
+                self.park(at, (event.originator_id.hex,), described(event.error))
             elif fold.reader.is_of(event):
                 keys = fold.reader.keys_of(event)
                 if parked.isdisjoint(keys):
@@ -252,15 +254,6 @@ class Wanted(Protocol):
     """Few of the log's events are of its types."""
 
 
-class Movable(Protocol):
-    """What has a checkpoint in the store."""
-
-    @property
-    def reader(self) -> Reader:
-        """Whose it is."""
-        ...
-
-
 class Read(NamedTuple):
     """Events of the log, and how far they reach."""
 
@@ -268,7 +261,6 @@ class Read(NamedTuple):
     events: Sequence[Any]
     end: int
     """There is nothing else of interest up to there."""
-    has_more: bool
     head: int
 
 
@@ -281,7 +273,7 @@ class Prepared(NamedTuple):
     end: int
     has_more: bool = False
     head: int = 0
-    failed: Mapping[object, Exception] = {}
+    failed: Mapping[Fold[Any], Exception] = {}
     """What could not be folded, and has left the page."""
 
 
@@ -294,7 +286,7 @@ class Outcome(NamedTuple):
     is_lost: bool = False
     """Somebody else has moved a checkpoint: nothing was written."""
     head: int = 0
-    failed: Mapping[object, Exception] = {}
+    failed: Mapping[Fold[Any], Exception] = {}
     """What could not be folded, and has left the page."""
 
 
@@ -339,30 +331,27 @@ class Pages:
         """Read and fold the next events, or those after a page that is yet to be written."""
         after = folds[0].checkpoint.position if before is None else before.end
         head = self._events.head()
-        if min(head, head if until is None else until) <= after:
+        logged, end, has_more = self._read(folds, after, limit, head, until)
+        if end == after:
             return Prepared([], 0, after, head=max(after, head))
-        logged, end, is_full = self._read(folds, after, limit, head)
-        if until is not None and until < end:
-            logged = [event for event in logged if event.position <= until]
-            end, is_full = until, True
         earlier = {} if before is None else {turn.fold: turn for turn in before.turns}
         if before is None:
             _pair(folds)
         turns = [Turn(fold, self, earlier.get(fold)) for fold in folds]
         _lead(turns)
-        failed: dict[object, Exception] = {}
+        failed: dict[Fold[Any], Exception] = {}
         for begin in range(0, len(logged), CHUNK):
             with collector_paused():
                 self._take(turns, logged[begin : begin + CHUNK], failed)
         for turn in turns:
             turn.end(end, is_built=end >= head)
-        return Prepared(turns, len(logged), end, is_full, max(head, end), failed)
+        return Prepared(turns, len(logged), end, has_more, max(head, end), failed)
 
     def _take(
         self,
         turns: list[Turn[Any]],
         logged: Sequence[LoggedEvent],
-        failed: dict[object, Exception],
+        failed: dict[Fold[Any], Exception],
     ) -> None:
         """Fold some events; who cannot leaves the turns."""
         events, is_whole = self._decode(logged)
@@ -379,7 +368,7 @@ class Pages:
     def write(self, prepared: Prepared) -> Outcome:
         """Write what was folded, unless others have come between."""
         turns, events, end, has_more, head, failed = prepared
-        is_lost = bool(failed) and self._have_moved([f for f in failed if isinstance(f, Fold)])
+        is_lost = bool(failed) and self._have_moved(list(failed))
         # Rows that others have changed meanwhile are no proof that they cannot be folded.
         if not is_lost and turns:
             is_lost = not self._write(turns, is_built=end >= head)
@@ -399,18 +388,18 @@ class Pages:
         """Return the next events for one reader, at most so many, none beyond a position."""
         after = reader.checkpoint.position
         head = self._events.head()
-        logged: list[LoggedEvent] = []
-        end, has_more = after, False
-        if head > after:
-            logged, end, has_more = self._read([reader], after, limit, head)
-        if until is not None and until < end:
-            logged = [event for event in logged if event.position <= until]
-            has_more, end = False, until
+        logged, end, _ = self._read([reader], after, limit, head, until)
         events, _ = self._decode(logged)
-        return Read(logged, events, end, has_more, max(head, end))
+        return Read(logged, events, end, max(head, end))
 
     def park(self, fold: Fold[Any], error: str) -> bool:
-        """Put the next event that it reads aside; tell whether nobody was quicker."""
+        """Put the next event that it reads aside; tell whether nobody was quicker.
+
+        Raises `TooManyDeadLettersError`.
+        """
+        fault = fault_of(fold.reader, fold.checkpoint)
+        if fault is not None:
+            raise fault
         (at,) = logged = self._look_up(fold.topics, fold.checkpoint.position, 1)
         (event,), _ = self._decode(logged)
         turn = Turn(fold, self)
@@ -449,35 +438,34 @@ class Pages:
     def retry_known(self, fold: Fold[Any]) -> None:
         """Fold what is parked if something of it was of an unknown type, and is not any more."""
         letters = self.views.dead_letters(fold.reader)
-        unknown = [each for each in letters if each.error == str(UnknownTopicError(each.topic))]
-        if any(letter.topic in self._known for letter in unknown):
+        known = (letter for letter in letters if letter.topic in self._known)
+        if any(letter.error == described(UnknownTopicError(letter.topic)) for letter in known):
             self.retry(fold)
 
-    def drop(self, reader: Movable, position: int | None = None) -> int:
+    def drop(self, reader: Reader, position: int | None = None) -> int:
         """Give up what is parked, or one event of it; return how many events."""
-        found = self.views.dead_letters(reader.reader)
+        found = self.views.dead_letters(reader)
         letters = [letter for letter in found if position in (None, letter.position)]
         if letters:
             self.change(reader, letters, ())
         return len({letter.position for letter in letters})
 
     def change(
-        self, reader: Movable, released: Sequence[DeadLetter], parked: Sequence[DeadLetter]
+        self, reader: Reader, released: Sequence[DeadLetter], parked: Sequence[DeadLetter]
     ) -> None:
         """Release some of what is parked of a reader, and keep others as they are told here.
 
         What others have released meanwhile stays so. Pages that come between are begun again.
         """
-        who = reader.reader
         for _ in range(ATTEMPTS):
-            (at,) = self.views.checkpoints([who])
-            found = self.views.dead_letters(who) if parked else ()
+            (at,) = self.views.checkpoints([reader])
+            found = self.views.dead_letters(reader) if parked else ()
             there = {(letter.position, letter.key) for letter in found}
             kept = [letter for letter in parked if (letter.position, letter.key) in there]
-            change = Change(who, at, parked=kept, released=released)
+            change = Change(reader, at, parked=kept, released=released)
             if self.views.write([change], at.position, is_fence=True):
                 return
-        raise ViewBusyError(f"{who.name}_v{who.version}")
+        raise ViewBusyError(full_name(reader.name, reader.version))
 
     def read_at(self, position: int) -> tuple[LoggedEvent, Any]:
         """Return the event at a position."""
@@ -499,12 +487,14 @@ class Pages:
         return [project(None, self._mapper.decode_all(streams[i])) for i in aggregate_ids]
 
     def _read(
-        self, folds: Sequence[Wanted], after: int, limit: int, head: int
+        self, folds: Sequence[Wanted], after: int, limit: int, head: int, until: int | None
     ) -> tuple[list[LoggedEvent], int, bool]:
         """Read a page: the log as it lies, or by topics where few of its events are wanted.
 
-        Returns how far it reaches, too, and whether it is full.
+        Returns how far it reaches, too, and whether there is more.
         """
+        if min(head, head if until is None else until) <= after:
+            return [], after, False
         topics = frozenset[str]().union(*(fold.topics for fold in folds))
         is_sparse = all(fold.is_sparse for fold in folds)
         if is_sparse:
@@ -521,7 +511,10 @@ class Pages:
             fold.is_sparse = is_sparse
         is_full = len(logged) == limit
         last = logged[-1].position if logged else head
-        return logged, last if is_full else max(head, last), is_full
+        end = last if is_full else max(head, last)
+        if until is not None and until < end:
+            return [event for event in logged if event.position <= until], until, True
+        return logged, end, is_full
 
     def _look_up(self, topics: frozenset[str], after: int, limit: int) -> list[LoggedEvent]:
         """Read the next events of some topics, and of those that the model does not know.
@@ -573,11 +566,7 @@ class Pages:
         return Group(saves, [pair for r in reactions for pair in r.based_on().items()])
 
     def _save(self, name: str, command_id: UUID, events: Sequence[Event]) -> Save:
-        stored = [self._mapper.to_stored_event(event) for event in events]  # may make keys
-        encoded = [
-            EncodedEvent(event.originator_id, e.originator_version, e.topic, e.state)
-            for event, e in zip(events, stored, strict=True)
-        ]
+        encoded = [self._mapper.encode_with_key(event) for event in events]
         versions = {event.aggregate_id: event.version for event in encoded}
         return Save(command_id, f"{REACTION}{name}", encoded, tuple(versions.items()), None)
 
@@ -687,6 +676,13 @@ def _lead(turns: Sequence[Turn[Any]]) -> None:
 def _by_position(letters: Iterable[DeadLetter]) -> Iterator[tuple[int, list[DeadLetter]]]:
     for position, found in groupby(letters, attrgetter("position")):
         yield position, list(found)
+
+
+def fault_of(reader: Reader, at: Checkpoint) -> TooManyDeadLettersError | None:
+    """Return what stops a reader that has put so much aside that it is no fault of events."""
+    if at.dead_letters < MAX_DEAD_LETTERS:
+        return None
+    return TooManyDeadLettersError(full_name(reader.name, reader.version), MAX_DEAD_LETTERS)
 
 
 def is_poison(error: Exception) -> bool:

@@ -504,7 +504,7 @@ class _Parts:
             with suppress(EventStoreUnavailable):  # it is written, whatever fails now
                 position = await self.access.read(self._store.log.head)
         await self.follower.wait_for(readers, position, self._view_timeout)
-        late = tuple(r.reader.name for r in readers if r.position < position)
+        late = tuple(r.reader.name for r in readers if not r.has_seen(position))
         marked = [replace(a, behind=late) if isinstance(a, Receipt) else a for a in answers]
         return Ok(marked if isinstance(outcome.value, list) else marked[0])
 

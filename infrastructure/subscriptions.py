@@ -119,13 +119,13 @@ class Subscription:
                     error = described(rejection)
                 if error is None:
                     released += 1
-                    await in_thread(pages.change, self, (letter,), ())
+                    await in_thread(pages.change, self.reader, (letter,), ())
                     continue
                 kept += 1
                 stuck.add(letter.key)
                 if error:
                     again = replace(letter, error=error)
-                    await in_thread(pages.change, self, (), (again,))
+                    await in_thread(pages.change, self.reader, (), (again,))
         return released, kept
 
     async def _move(
@@ -168,7 +168,7 @@ class Subscription:
         Raises what is `NOT_NOW`.
         """
         if isinstance(event, Unreadable):
-            return str(event.error) if event.concerns(self.topics) else None
+            return described(event.error) if event.concerns(self.topics) else None
         if not self.reader.is_of(event):
             return None
         try:

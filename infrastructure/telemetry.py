@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from leftfold.application import Command, Dispatch
 from leftfold.application.bus import Outcome, Step
-from leftfold.application.checkpoints import Reader
+from leftfold.application.checkpoints import Reader, full_name
 from leftfold.domain import Err
 from leftfold.infrastructure.errors import MissingPackageError, NotRunningError
 from leftfold.infrastructure.health import Health
@@ -85,7 +85,7 @@ class Telemetry:
 
     def page(self, reader: Reader, events: int, seconds: float) -> None:
         """Tell of a page that was taken in."""
-        name = f"{reader.name}_v{reader.version}"
+        name = full_name(reader.name, reader.version)
         facts = {"leftfold.view": name}
         end = int(epoch_seconds() * 1e9)
         span = self._tracer.start_span(
@@ -116,7 +116,7 @@ class Telemetry:
         def lags(_: CallbackOptions) -> Iterable[Observation]:
             found = now()
             for view in found.projections if found is not None else ():
-                yield Observation(view.lag, {"leftfold.view": f"{view.name}_v{view.version}"})
+                yield Observation(view.lag, {"leftfold.view": full_name(view.name, view.version)})
 
         def states(_: CallbackOptions) -> Iterable[Observation]:
             found = now()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -11,23 +10,21 @@ from typing import Any, TypeVar
 from eventsourcing.persistence import PersistenceError
 
 from leftfold.application import EventStoreUnavailable, InvalidModelError, Projection
-from leftfold.application.checkpoints import Checkpoint, Comparison, DeadLetter
+from leftfold.application.checkpoints import Checkpoint, Comparison, DeadLetter, full_name
 from leftfold.application.ports import Access, Platform
 from leftfold.infrastructure.access import may_pass
 from leftfold.infrastructure.errors import (
-    NotRunningError,
-    TooManyDeadLettersError,
     ViewBusyError,
     ViewChangedError,
     ViewInUseError,
 )
 from leftfold.infrastructure.follower import (
     LEASE,
-    MAX_DEAD_LETTERS,
     RENEWED,
     SOON,
     Followed,
     Follower,
+    give_back,
 )
 from leftfold.infrastructure.pages import Fold, Outcome, Pages, described, failure_of, is_poison
 from leftfold.infrastructure.subscriptions import Subscription
@@ -41,8 +38,6 @@ RENEWAL = 1.0
 TRIES = 1_000
 """To find a view and the one beside it equally far."""
 PAIR = 2
-
-_log = logging.getLogger("leftfold.upkeep")
 
 
 def untold(_position: int, _head: int) -> None:
@@ -99,7 +94,8 @@ class Upkeep:
                 fold = Fold(work.reader, work.process)
                 well, ill = await self._in_thread(self._pages.retry, fold)
             if not reader.is_local:
-                await self._in_thread(self._pages.change, reader, (), ())  # whoever stopped sees it
+                # Whoever stopped sees it.
+                await self._in_thread(self._pages.change, reader.reader, (), ())
             released, kept = released + well, kept + ill
             reader.failure = None
         self._follower.follow_again()
@@ -109,7 +105,7 @@ class Upkeep:
         """Give up the dead letters of readers of a name, or one; return how many events."""
         dropped = 0
         for reader in self._named(name):
-            dropped += await self._in_thread(self._pages.drop, reader, position)
+            dropped += await self._in_thread(self._pages.drop, reader.reader, position)
             reader.failure = None
         self._follower.follow_again()
         return dropped
@@ -166,9 +162,9 @@ class Upkeep:
         `InvalidModelError` for one that is not stored.
         """
         versions = await self.versions(name)
-        is_ours = f"{name}_v{version}" in self._follower.readers
-        if is_ours or versions.get(version, False):
-            raise ViewInUseError(f"{name}_v{version}")
+        table = full_name(name, version)
+        if table in self._follower.readers or versions.get(version, False):
+            raise ViewInUseError(table)
         if version not in versions:
             raise InvalidModelError(f"there is no projection {name} version {version}")
         old = Projection(name, version=version, row=_NoRow)
@@ -229,10 +225,7 @@ class _Rebuild:
 
     async def release(self) -> None:
         """Let others go on with it."""
-        try:
-            await self._platform.in_thread(self._views.release, self._owner)
-        except (PersistenceError, NotRunningError) as error:  # the lease runs out by itself
-            _log.warning("a lease is not given back: %s", described(error))
+        await give_back(self._views, self._owner, self._platform)
 
     async def _begin(self) -> None:
         """Make what is built anew, if it is not there, and hold it.
@@ -295,8 +288,6 @@ class _Rebuild:
         fold, name = self._fold, self._anew.table
         if fold.policy == "halt" or not is_poison(error):
             raise failure_of(name, error)
-        if fold.checkpoint.dead_letters >= MAX_DEAD_LETTERS:
-            raise TooManyDeadLettersError(name, MAX_DEAD_LETTERS)
         await self._in_thread(self._pages.park, fold, described(error))
 
 

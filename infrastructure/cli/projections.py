@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from leftfold.application import Comparison, DeadLetter, InvalidModelError
+from leftfold.application.checkpoints import full_name
 from leftfold.application.items import shop_model
 from leftfold.infrastructure.cli.common import (
     FAILURE,
@@ -113,7 +114,7 @@ def drop(
                 await shop.drop_version(name, version)
 
     complete(run())
-    say(f"{name}_v{version} was dropped.")
+    say(f"{full_name(name, version)} was dropped.")
 
 
 @app.command()

@@ -15,7 +15,7 @@ from eventsourcing.persistence import (
     StoredEvent,
 )
 
-from leftfold.application.checkpoints import Checkpoint, Reader
+from leftfold.application.checkpoints import Checkpoint, Reader, full_name
 from leftfold.application.errors import DispatchError
 from leftfold.application.ports import (
     Committed,
@@ -31,6 +31,12 @@ from leftfold.infrastructure.errors import ViewChangedError
 
 SCHEMA_VERSION = 3
 MAX_VERSION = 2**62
+EACH_TOPIC = (
+    "WITH RECURSIVE found (topic) AS (SELECT min(topic) FROM stored_events UNION ALL "
+    "SELECT (SELECT min(topic) FROM stored_events WHERE topic > found.topic) FROM found "
+    "WHERE topic IS NOT NULL) SELECT topic FROM found WHERE topic IS NOT NULL"
+)
+"""The topics in the log, by one look into their index each."""
 ABSENT = Checkpoint(0, is_built=False)
 """Stands for a reader that was dropped: nobody can hold it, and no page of it is written."""
 
@@ -187,4 +193,4 @@ def check_unchanged(reader: Reader, columns: str, found: tuple[str, str]) -> Non
     now = (columns, reader.reads)
     for then, this in zip(found, now, strict=True):
         if then not in (this, ""):
-            raise ViewChangedError(f"{reader.name}_v{reader.version}", then, this)
+            raise ViewChangedError(full_name(reader.name, reader.version), then, this)

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from threading import Lock  # noqa: TID251 - no thread is started: callers are threads
-from typing import Any, TypeVar
+from typing import Any
 from uuid import UUID
 
 import psycopg
@@ -43,6 +43,7 @@ from leftfold.infrastructure.errors import (
 )
 from leftfold.infrastructure.settings import masked
 from leftfold.infrastructure.stores.common import (
+    EACH_TOPIC,
     MAX_VERSION,
     SCHEMA_VERSION,
     Notifying,
@@ -76,8 +77,6 @@ from leftfold.infrastructure.stores.postgres_schema import (
 )
 from leftfold.infrastructure.stores.postgres_views import DDL_LOCK, VIEWS_CHANNEL, PostgresViews
 
-R = TypeVar("R")
-
 _log = logging.getLogger("leftfold.stores")
 
 CHANNEL = "stored_events"
@@ -95,11 +94,6 @@ READ_TOPICS = (
     "ORDER BY topic, notification_id LIMIT %s) AS found ORDER BY at LIMIT %s) AS found, "
     "LATERAL (SELECT * FROM stored_events WHERE notification_id = at OFFSET 0) AS event "
     "ORDER BY notification_id"
-)
-EACH_TOPIC = (
-    "WITH RECURSIVE found (topic) AS (SELECT min(topic) FROM stored_events UNION ALL "
-    "SELECT (SELECT min(topic) FROM stored_events WHERE topic > found.topic) FROM found "
-    "WHERE topic IS NOT NULL) SELECT topic FROM found WHERE topic IS NOT NULL"
 )
 CALL_COMMIT = f"SELECT * FROM leftfold_commit({', '.join(f'%b::{k}' for k in COMMIT_PARAMETERS)})"
 

@@ -7,7 +7,7 @@ import sqlite3
 from collections.abc import Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from uuid import UUID
 
 from eventsourcing.persistence import (
@@ -45,6 +45,7 @@ from leftfold.infrastructure.errors import (
     StoreUnavailableError,
 )
 from leftfold.infrastructure.stores.common import (
+    EACH_TOPIC,
     MAX_VERSION,
     SCHEMA_VERSION,
     Notifying,
@@ -66,9 +67,6 @@ from leftfold.infrastructure.stores.sqlite_file import (
 )
 from leftfold.infrastructure.stores.sqlite_views import SQLiteViews
 
-R = TypeVar("R")
-T = TypeVar("T")
-
 ATTEMPTS_AT_WAL = 100  # others that open the same new file may come between
 # VALUES as a table: an IN of pairs would read the whole index.
 LAST_VERSIONS = (
@@ -78,11 +76,6 @@ LAST_VERSIONS = (
 KNOWN_COMMANDS = "SELECT command_id FROM leftfold_commands WHERE command_id IN ({})"
 ADDED = {"reads": "TEXT NOT NULL DEFAULT ''", "built": "INTEGER NOT NULL DEFAULT 1"}
 """Columns of checkpoints that schema 2 did not have."""
-EACH_TOPIC = (
-    "WITH RECURSIVE found (topic) AS (SELECT min(topic) FROM stored_events UNION ALL "
-    "SELECT (SELECT min(topic) FROM stored_events WHERE topic > found.topic) FROM found "
-    "WHERE topic IS NOT NULL) SELECT topic FROM found WHERE topic IS NOT NULL"
-)
 TOGETHER = 250  # of what a compound query may have 500
 OF_TOPIC = (
     "SELECT * FROM (SELECT position FROM stored_events WHERE topic = ? AND position > ? "

@@ -344,7 +344,7 @@ class TableViews(Generic[D, C]):
         if found is not None:
             definition, reads, is_built = found
             check_unchanged(reader, columns, (definition, reads))
-            if self._may_define and not reads:
+            if self._may_define and reads != reader.reads:
                 self._run(
                     cursor,
                     "UPDATE leftfold_checkpoints SET reads = ? WHERE name = ? AND version = ?",

@@ -16,7 +16,8 @@ from leftfold.application.items import GetItem, item_model, item_stock
 from leftfold.application.ports import EncodedEvent, Group, Save
 from leftfold.domain import Aggregate, Event, Specification
 from leftfold.domain.items import Item, ItemRegistered, StockReceived, StockSold
-from leftfold.infrastructure import Runtime, Settings, follower
+from leftfold.infrastructure import Retried, Runtime, Settings, pages
+from leftfold.infrastructure.errors import TooManyDeadLettersError
 
 pytestmark = pytest.mark.anyio
 
@@ -191,14 +192,29 @@ async def test_a_view_that_halts_goes_on_after_a_retry(store_url, register, sell
 async def test_a_view_that_can_fold_nothing_stops_in_the_end(
     store_url, register, sell, monkeypatch
 ):
-    monkeypatch.setattr(follower, "MAX_DEAD_LETTERS", 3)
+    monkeypatch.setattr(pages, "MAX_DEAD_LETTERS", 3)
     view = sales(Fault(7))
     async with opened(store_url, view) as shop:
         await shop.commands.dispatch_all([register(f"S{n}", 100) for n in range(9)])
         await shop.commands.dispatch_all([sell(f"S{n}", 7) for n in range(9)])
         assert isinstance((await shop.catch_up()).error, ViewStopped)
-        assert "put aside 3" in health(shop).failure
+        assert "has 3 dead letters" in health(shop).failure
         assert (await shop.wait_for(await last(shop, sell), ["item_stock"])).is_ok()
+
+
+async def test_a_rebuild_that_can_fold_nothing_stops_in_the_end(
+    store_url, register, sell, monkeypatch
+):
+    monkeypatch.setattr(pages, "MAX_DEAD_LETTERS", 3)
+    fault = Fault()
+    async with opened(store_url, sales(fault, on_poison="park")) as shop:
+        await shop.commands.dispatch_all([register(f"S{n}", 100) for n in range(9)])
+        await shop.commands.dispatch_all([sell(f"S{n}", 7) for n in range(9)])
+        assert (await shop.catch_up()).is_ok()
+        fault.quantities.add(7)
+        with pytest.raises(TooManyDeadLettersError, match="_anew stopped: it has 3 dead"):
+            await shop.rebuild("sales")
+        assert set((await rows(shop, sales(fault))).values()) == {7}
 
 
 async def last(shop, sell):
@@ -249,6 +265,7 @@ async def test_a_release_that_knows_a_type_takes_in_what_an_older_one_put_aside(
         save = Save(uuid4(), "Other", [event], ((event.aggregate_id, 1),), None)
         shop._store.log.commit([Group([save])])
         await rows(shop, counting())
+        assert await shop.retry("item_stock") == Retried(0, 1)
         assert len(await shop.dead_letters("item_stock")) == 1
     model = replace(item_model, aggregates=(*item_model.aggregates, Count))
     async with Runtime(model, shared_url) as shop:
@@ -342,7 +359,7 @@ async def test_a_view_that_parks_the_last_event_while_it_is_built_is_built(
 async def test_a_view_stops_that_has_put_aside_too_much_behind_one_event(
     store_url, register, sell, monkeypatch
 ):
-    monkeypatch.setattr(follower, "MAX_DEAD_LETTERS", 5)
+    monkeypatch.setattr(pages, "MAX_DEAD_LETTERS", 5)
     view = sales(Fault(7))
     async with opened(store_url, view) as shop:
         await shop.commands.dispatch(register("A", 100))

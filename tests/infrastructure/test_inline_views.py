@@ -84,6 +84,10 @@ async def test_what_was_written_is_seen_at_once(store_url, register):
         receipt = (await shop.commands.dispatch(named(register, "A", "Cup"))).unwrap()
         assert shown(shop, view) == ["Cup"]
         (await shop.wait_for(receipt, ["names"])).unwrap()
+        for sku in ("B", "C"):
+            command = named(register, sku, sku)
+            answer = await shop.commands.dispatch(command, consistency=["names", "item_stock"])
+            assert answer.unwrap().behind == ()
 
 
 async def test_an_event_that_an_inline_view_cannot_fold_is_refused(store_url, register, sell):
