@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass
 from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from decimal import Decimal
 from enum import Enum
+from functools import lru_cache
 from random import Random  # noqa: TID251 - Hypothesis seeds it
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -96,7 +97,8 @@ def specifications(
 ) -> st.SearchStrategy[Specification[T]]:
     """Draw specifications over the attributes that a model declares."""
     kinds = _kinds(model_type)
-    leaves = st.sampled_from(sorted(kinds)).flatmap(lambda name: _leaves(name, kinds))
+    of_each = {name: _leaves(name, kinds) for name in sorted(kinds)}  # to make them is dear
+    leaves = st.sampled_from(list(of_each)).flatmap(of_each.__getitem__)
     return st.recursive(
         leaves,
         lambda inner: st.one_of(
@@ -112,12 +114,11 @@ def specifications(
 
 def candidates(model_type: type[T], near: Specification[Any] | None = None) -> st.SearchStrategy[T]:
     """Draw objects of a dataclass or pydantic model; with values that a specification names."""
-    hints = get_type_hints(model_type)
-    names = _names(model_type)
+    model: Any = model_type  # for mypy, a class of no known base may not be hashable
+    hints, usual = _usual(model)
     named = _constants(near) if near is not None else {}
-    return st.builds(
-        model_type, **{name: _values(hints[name], named.get(name, ())) for name in names}
-    )
+    close = {name: _values(hints[name], named[name]) for name in usual.keys() & named.keys()}
+    return st.builds(model_type, **{**usual, **close})
 
 
 def satisfying(specification: Specification[T], model_type: type[T]) -> st.SearchStrategy[T]:
@@ -157,6 +158,13 @@ def _mend(node: Specification[Any], values: dict[str, Any], chance: Random) -> N
                 values[left.path] = chance.choice(fitting)
         case _:
             pass
+
+
+@lru_cache
+def _usual(model_type: Any) -> tuple[Mapping[str, Any], Mapping[str, Values]]:
+    """Return the types of a model's fields, and strategies of their values."""
+    hints = get_type_hints(model_type)
+    return hints, {name: _values(hints[name], ()) for name in _names(model_type)}
 
 
 def _names(model_type: Any) -> list[str]:
