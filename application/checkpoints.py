@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, NamedTuple, Protocol
@@ -81,6 +81,8 @@ class Change:
     """What is stored must still be so far, and of this epoch."""
     rows: Mapping[str, Any] = field(default_factory=dict)
     """By their keys; None deletes."""
+    fresh: Collection[str] = frozenset()
+    """Keys of rows that are not there yet, as far as the page knows: they may be quicker to put."""
     parked: Sequence[DeadLetter] = ()
     released: Sequence[DeadLetter] = ()
     """What is parked no longer."""

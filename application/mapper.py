@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
+from functools import cached_property
 from typing import Any, ClassVar
 from uuid import UUID
 
@@ -185,9 +186,33 @@ class EventMapper(Mapper[UUID]):
             parts = upcast(stored_type, parts, parts.pop("class_version", 1))
         return stored_type.model_validate(parts, context=self.keys)
 
-    def decode_all(self, stream: Iterable[EncodedEvent]) -> list[Event]:
-        """Decode the events of a stream."""
-        return [self.decode(*event) for event in stream]
+    def decode_all(self, stored: Iterable[tuple[UUID, int, str, bytes]]) -> list[Any]:
+        """Decode many, as `decode` does one; quicker, where their state is read as it stands."""
+        validators, keys = self._validators, self.keys
+        events: list[Any] = []
+        for aggregate_id, version, topic, state in stored:
+            validate = validators.get(topic, _invalid)
+            event: Any
+            try:
+                event = validate(state, context=keys)
+            except Exception:  # noqa: BLE001 - `decode` says what it is
+                event = self.decode(aggregate_id, version, topic, state)
+            else:
+                envelope = event.__dict__
+                envelope["originator_id"] = aggregate_id
+                envelope["originator_version"] = version
+            events.append(event)
+        return events
+
+    @cached_property
+    def _validators(self) -> Mapping[str, Callable[..., Event]]:
+        if self.cipher or self.compressor:
+            return {}
+        return {t: self.types[t].__pydantic_validator__.validate_json for t in self.first_versions}
+
+
+def _invalid(_state: bytes, *, context: object) -> Event:  # noqa: ARG001 - as a validator
+    raise ValueError
 
 
 def _check(writing: Writing, event: Any) -> None:

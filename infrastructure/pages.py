@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from copy import copy
 from dataclasses import replace
 from itertools import groupby, islice
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 from uuid import UUID
@@ -57,6 +57,8 @@ MAX_DEAD_LETTERS = 10_000
 
 
 _NOTHING: Any = object()
+_encoded = itemgetter(1, 2, 3, 4)
+"""What of a logged event is decoded."""
 
 
 class Unreadable(NamedTuple):
@@ -127,6 +129,8 @@ class Turn(Generic[R]):
         """Where it ends."""
         self._before: Mapping[str, R | None] = {} if before is None else before.rows
         self.rows: dict[str, R | None] = {}
+        self.fresh: set[str] = set()
+        """Keys of rows that are not there where it begins."""
         self.parked: list[DeadLetter] = []
         self.events: list[Event] = []
         self.reactions: Reactions | None = None
@@ -165,7 +169,8 @@ class Turn(Generic[R]):
     def change(self) -> Change:
         """Return it as the store takes it."""
         parked, events = tuple(self.parked), tuple(self.events)
-        return Change(self.fold.reader, self.at, self.rows, parked, events=events)
+        fresh = self.fresh if self.leader is None else self.leader.fresh
+        return Change(self.fold.reader, self.at, self.rows, fresh, parked, events=events)
 
     def written(self) -> None:
         """Remember what is in the store now."""
@@ -176,12 +181,11 @@ class Turn(Generic[R]):
 
     def _load(self, keys: set[str]) -> dict[str, R | None]:
         cached, changed, before = self.fold.rows, self.rows, self._before
-        rows: dict[str, R | None] = {}
+        untouched = keys - changed.keys()
+        rows: dict[str, R | None] = {key: changed[key] for key in keys - untouched}
         missing: list[str] = []
-        for key in keys:
-            if key in changed:
-                rows[key] = changed[key]
-            elif key in before:
+        for key in untouched:
+            if key in before:
                 rows[key] = before[key]
             else:  # at once: the page before may be written meanwhile, and rows let go
                 row = cached.get(key, _NOTHING)
@@ -190,8 +194,9 @@ class Turn(Generic[R]):
                 else:
                     rows[key] = row
         if missing and not self.fold.is_complete:
-            loaded = self._pages.views.load(self.fold.reader, missing)
-            return {**rows, **loaded}
+            loaded: Mapping[str, R] = self._pages.views.load(self.fold.reader, missing)
+            rows.update(loaded)
+        self.fresh.update([key for key in untouched if rows.get(key) is None])
         return rows
 
     def _put_aside(self, logged: Sequence[LoggedEvent], events: Sequence[Any]) -> Iterator[Event]:
@@ -531,9 +536,8 @@ class Pages:
 
     def _decode(self, logged: Sequence[LoggedEvent]) -> tuple[list[Any], bool]:
         """Decode events; tell whether all of them could be."""
-        decode = self._mapper.decode
         try:
-            return [decode(i, v, topic, state) for _, i, v, topic, state in logged], True
+            return self._mapper.decode_all(map(_encoded, logged)), True
         except (UnknownTopicError, UnreadableEventError):
             return [self._decode_one(event) for event in logged], False
 

@@ -232,6 +232,12 @@ class ViewTable(Generic[R]):
         )
 
     @cached_property
+    def copy(self) -> str:
+        """PostgreSQL: insert rows that are not there, given as `encode` makes them."""
+        names = ", ".join(f'"{c.name}"' for c in self.table.c)
+        return f'COPY "{self.table.name}" ({names}) FROM STDIN'
+
+    @cached_property
     def differing(self) -> str:
         """The condition that rows `a` and `b` of such a table are not the same."""
         sign = "IS NOT" if self.dialect is SQLITE else "IS DISTINCT FROM"

@@ -111,7 +111,7 @@ class PostgresEvents:
                 cursor.execute(READ_TOPICS, of_topics, prepare=True)
             else:
                 cursor.execute(READ, (after, limit), prepare=True)
-            return [LoggedEvent(*values) for values in cursor]
+            return list(map(LoggedEvent._make, cursor.fetchall()))
 
     def topics(self) -> frozenset[str]:
         with self.datastore.reading() as cursor:
@@ -182,8 +182,7 @@ class PostgresLog(PostgresEvents, Notifying, PostgresProcessRecorder):
                 (list(aggregate_ids), [after.get(i, 0) for i in aggregate_ids]),
                 prepare=True,
             )
-            for values in cursor:
-                event = EncodedEvent(*values)
+            for event in map(EncodedEvent._make, cursor.fetchall()):
                 found[event.aggregate_id].append(event)
         return found
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import psycopg
 
@@ -17,7 +17,13 @@ from leftfold.infrastructure.stores.common import ABSENT, Run
 from leftfold.infrastructure.stores.postgres_commits import without_values
 from leftfold.infrastructure.stores.postgres_database import Cursor, Joined, PostgresDatabase
 from leftfold.infrastructure.stores.postgres_schema import LOCK
-from leftfold.infrastructure.stores.table_views import Moved, Rows, TableViews, not_unique
+from leftfold.infrastructure.stores.table_views import (
+    FoundThereError,
+    Moved,
+    Rows,
+    TableViews,
+    not_unique,
+)
 from leftfold.infrastructure.tables import POSTGRES, Encoded, Statement, ViewTable
 
 R = TypeVar("R")
@@ -26,9 +32,20 @@ _log = logging.getLogger("leftfold.stores")
 
 VIEWS_CHANNEL = "leftfold_views"
 DDL_LOCK = 0x1EF7F01D  # one number for all processes: whoever holds it changes tables
+COPIED = 100
+"""Rows from which on COPY is worth its way: it takes a quarter of the time of an upsert."""
 PROLONGED = 3.0
 """Seconds for which a page prolongs its owner's lease."""
 THESE = "(name, version) IN (SELECT * FROM unnest(%(names)s::text[], %(versions)s::int[]))"
+
+
+class _Prepared(NamedTuple):
+    """Rows as they are put."""
+
+    copied: list[list[Any]]
+    """Those that are not there yet."""
+    others: str
+    """As JSON."""
 
 
 class PostgresViews(TableViews[PostgresDatabase | Joined, Cursor]):
@@ -62,7 +79,7 @@ class PostgresViews(TableViews[PostgresDatabase | Joined, Cursor]):
         with self._reading() as cursor:
             sql = f"{table.select_by_key} = ANY(%s)"
             cursor.execute(sql.encode(), (list(keys),), prepare=True)
-            return {key: table.decode(values) for key, *values in cursor}
+            return {key: table.decode(values) for key, *values in cursor.fetchall()}
 
     @contextmanager
     def _reading(self) -> Iterator[Cursor]:
@@ -166,17 +183,33 @@ class PostgresViews(TableViews[PostgresDatabase | Joined, Cursor]):
     def _commit(self, cursor: Cursor, run: Run) -> list[Verdict]:
         return self.log.write(cursor.connection, run)
 
-    def _prepared(self, table: ViewTable[Any], encoded: Encoded) -> str:
-        return table.dump(encoded)
+    def _prepared(
+        self, table: ViewTable[Any], encoded: Encoded, fresh: Collection[str]
+    ) -> _Prepared:
+        # In a transaction of others nothing can be tried again.
+        if len(fresh) < COPIED or isinstance(self._database, Joined):
+            return _Prepared([], table.dump(encoded))
+        copied, others = Encoded(), Encoded()
+        for row, values in encoded:
+            (copied if values[0] in fresh else others).append((row, values))
+        return _Prepared([values for _, values in copied], table.dump(others) if others else "")
 
-    def _put(self, cursor: Cursor, table: ViewTable[Any], prepared: str) -> None:
+    def _put(self, cursor: Cursor, table: ViewTable[Any], prepared: _Prepared) -> None:
+        copied, others = prepared
         try:
-            cursor.execute(table.upsert_json.encode(), (prepared,), prepare=True)
+            if copied:
+                with cursor.copy(table.copy.encode()) as copy:
+                    for values in copied:
+                        copy.write_row(values)
+            if others:
+                cursor.execute(table.upsert_json.encode(), (others,), prepare=True)
         except psycopg.errors.UniqueViolation as error:
             refusal = not_unique(table.projection, error.diag.constraint_name or "")
-            if refusal is None:
-                raise
-            raise refusal from None
+            if refusal is not None:
+                raise refusal from None
+            if copied:
+                raise FoundThereError from None
+            raise
 
     def _delete(self, cursor: Cursor, table: ViewTable[Any], keys: Sequence[str]) -> None:
         cursor.execute(f"{table.delete_by_key} = ANY(%s)".encode(), (list(keys),))

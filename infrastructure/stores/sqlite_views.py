@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, TypeVar
@@ -132,7 +132,12 @@ class SQLiteViews(TableViews[SQLiteFile | Joined, sqlite3.Cursor]):
     def _commit(self, cursor: sqlite3.Cursor, run: Run) -> list[Verdict]:
         return self.log.write(cursor.connection, run)
 
-    def _prepared(self, table: ViewTable[Any], encoded: Encoded) -> list[list[object]]:  # noqa: ARG002 - rows are the same for all
+    def _prepared(
+        self,
+        table: ViewTable[Any],  # noqa: ARG002 - rows are the same for all
+        encoded: Encoded,
+        fresh: Collection[str],  # noqa: ARG002 - and it is no quicker to put them
+    ) -> list[list[object]]:
         return [values for _, values in encoded]
 
     def _put(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from copy import copy
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from operator import attrgetter
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
@@ -56,6 +56,10 @@ class Writing(Protocol):
 
 class Moved(Exception):
     """A checkpoint is not as a page found it, or events were written first by others."""
+
+
+class FoundThereError(Exception):
+    """A row is there that a page knew nothing of: somebody else has written into the table."""
 
 
 class TableViews(Generic[D, C]):
@@ -137,7 +141,7 @@ class TableViews(Generic[D, C]):
         """Write events in the transaction of a page."""
 
     @abstractmethod
-    def _prepared(self, table: ViewTable[Any], encoded: Encoded) -> Any:
+    def _prepared(self, table: ViewTable[Any], encoded: Encoded, fresh: Collection[str]) -> Any:
         """Return rows as `_put` takes them."""
 
     @abstractmethod
@@ -252,6 +256,10 @@ class TableViews(Generic[D, C]):
                     self._commit_whole(cursor, group)
         except Moved:
             return False
+        except FoundThereError:
+            changes = [replace(change, fresh=frozenset()) for change in changes]
+            flags = {"is_built": is_built, "is_fence": is_fence}
+            return self.write(changes, position, group=group, **flags)
         return True
 
     def _encode(self, changes: Sequence[Change]) -> list[Encoded]:
@@ -271,7 +279,7 @@ class TableViews(Generic[D, C]):
     def _prepare(self, change: Change, encoded: Encoded) -> Any:
         if not encoded or not isinstance(change.reader, Projection):
             return None
-        return self._prepared(self.table(change.reader), encoded)
+        return self._prepared(self.table(change.reader), encoded, change.fresh)
 
     def _write(self, cursor: C, change: Change, prepared: Any) -> None:
         reader = change.reader

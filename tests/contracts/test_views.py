@@ -21,7 +21,7 @@ from leftfold.domain import attr
 from leftfold.infrastructure import ValueOutOfRangeError
 from leftfold.infrastructure.rows import RowShape
 from leftfold.infrastructure.settings import load_settings
-from leftfold.infrastructure.stores import make_store
+from leftfold.infrastructure.stores import make_store, postgres_views
 from leftfold.infrastructure.stores.memory import MemoryLog, MemoryViews
 
 
@@ -115,10 +115,17 @@ def position(views, projection):
     return views.checkpoints([projection])[0].position
 
 
+@pytest.fixture(autouse=True)
+def _copying(monkeypatch):
+    """Let PostgreSQL copy rows that are fresh, however few they are."""
+    monkeypatch.setattr(postgres_views, "COPIED", 1)
+
+
 def write(views, projection, rows, expected, to):
     """Write a page that began at a position."""
     (at,) = views.checkpoints([projection])
-    return views.write([Change(projection, at._replace(position=expected), rows)], to)
+    fresh = rows.keys() - views.load(projection, [key for key in rows if "\0" not in key]).keys()
+    return views.write([Change(projection, at._replace(position=expected), rows, fresh)], to)
 
 
 def put(views, projection, rows):
@@ -228,13 +235,15 @@ class ViewStoreContract:
     )
     def test_a_value_comes_back_as_it_went(self, views, column, value):
         row = replace(PLAIN, **{column: value, f"maybe_{column}": value})
-        put(views, everything, {"a": row})
-        found = views.get(everything, "a")
-        assert found == row
-        assert type(getattr(found, column)) is type(value)
+        for _ in ("it is new", "it is there"):
+            put(views, everything, {"a": row})
+            found = views.get(everything, "a")
+            assert found == row
+            assert type(getattr(found, column)) is type(value)
 
     def test_none_comes_back_in_every_column_that_may_hold_it(self, views):
-        put(views, everything, {"a": PLAIN})
+        for _ in ("it is new", "it is there"):
+            put(views, everything, {"a": PLAIN})
         found = views.get(everything, "a")
         assert [getattr(found, f"maybe_{name}") for name in TYPES] == [None] * len(TYPES)
 
@@ -275,6 +284,14 @@ class ViewStoreContract:
         put(views, stock, {"a": None, "never there": None})
         assert views.load(stock, ["a", "b"]) == {"b": Stock("Jug", 2)}
         assert keys(views, stock) == ["b"]
+
+    def test_a_row_that_was_not_thought_to_be_there_is_changed_all_the_same(self, views):
+        put(views, stock, {"a": Stock("Cup", 1), "b": Stock("Jug", 2)})
+        (at,) = views.checkpoints([stock])
+        rows = {"b": Stock("Jug", 3), "c": Stock("Mug", 4)}
+        assert views.write([Change(stock, at, rows, fresh=rows.keys())], at.position + 1)
+        assert views.load(stock, ["a", "b", "c"]) == {"a": Stock("Cup", 1), **rows}
+        assert position(views, stock) == at.position + 1
 
     def test_a_page_may_hold_thousands_of_rows(self, views):
         rows = {f"{n:05}": Stock("Cup", n) for n in range(2_501)}
