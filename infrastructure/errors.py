@@ -106,7 +106,7 @@ class ReactionConflictError(
 
 
 class TooManyDeadLettersError(
-    InfrastructureError, message="{projection} stopped: it has {limit} dead letters or more"
+    InfrastructureError, message="{projection} has {limit} dead letters or more"
 ):
     """So many events cannot be folded that it must be the projection that is at fault."""
 

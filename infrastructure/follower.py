@@ -64,7 +64,8 @@ class Followed:
     def __init__(self, work: Fold[Any] | Subscription, *, is_inline: bool = False) -> None:
         self.work = work
         self.reader = work.reader
-        self.name = full_name(work.reader.name, work.reader.version)
+        self.full_name = full_name(work.reader.name, work.reader.version)
+        """Its name, with its version."""
         self.is_inline = is_inline
         """Its rows are written with the events: there are no pages of it."""
         self.is_local = isinstance(work, Subscription) and work.reader.everywhere
@@ -85,7 +86,8 @@ class Followed:
         self.not_before = 0.0
         self.behind_since: float | None = None
         self.rate = 0.0
-        self.looked_at = 0.0
+        self.moved_at = 0.0
+        """When others were last seen to have moved it, or to have no more to take in."""
         self._waiting: list[tuple[int, asyncio.Future[None]]] = []
 
     @property
@@ -212,7 +214,7 @@ class Follower:
 
         `paged` is told of each page: its reader, its events, its seconds.
         """
-        self.readers = {reader.name: reader for reader in readers}
+        self.readers = {reader.full_name: reader for reader in readers}
         self.folds = False
         """This process folds; if not, it only watches how far others are."""
         self._pages = pages
@@ -357,7 +359,7 @@ class Follower:
             try:
                 await self._platform.in_thread(self._pages.retry_known, again)
             except (PersistenceError, LeftfoldError) as error:  # it can be asked for, too
-                _log.warning("%s: nothing is tried again: %s", reader.name, described(error))
+                _log.warning("%s: nothing is tried again: %s", reader.full_name, described(error))
 
     def _ask(self, *, holds: bool = False) -> tuple[int, list[Checkpoint]]:
         followed = [reader for reader in self.readers.values() if not reader.is_local]
@@ -397,13 +399,15 @@ class Follower:
             at = next(stored)
             if reader.is_busy or (known is not None and reader.checkpoint != known[name]):
                 continue  # a page has come between, and knows more
-            if at.position > reader.position:
+            has_moved = at.position > reader.position
+            if has_moved:
                 reader.failure = None  # somebody else knew how to go on
-                if reader.looked_at:
-                    reader.note_rate(at.position - reader.position, now - reader.looked_at)
+                if reader.moved_at:
+                    reader.note_rate(at.position - reader.position, now - reader.moved_at)
             elif at.epoch != reader.checkpoint.epoch and at.owner == reader.checkpoint.owner:
                 reader.failure = None  # somebody wants it to be tried again
-            reader.looked_at = now
+            if has_moved or not reader.moved_at or at.position >= head:
+                reader.moved_at = now
             reader.work.adopt(at)
             reader.is_mine = self.folds and at.owner == self._owner and at.is_held
             reader.head = max(reader.head, at.position)
@@ -416,13 +420,14 @@ class Follower:
         """Begin pages for all that are free and behind."""
         while not self._is_stopping:
             self._hint.clear()
-            wait = IDLE
+            wait: float | None = None
             now = self._platform.monotonic()
             for group in self._groups(now):
                 self._begin(group)
             for reader in self.readers.values():
                 if reader.is_mine and reader.is_due and not reader.is_busy and reader.pause:
-                    wait = min(wait, max(0.0, reader.not_before - now))
+                    left = max(0.0, reader.not_before - now)
+                    wait = left if wait is None else min(wait, left)
             await self._sleep(self._hint, wait)
 
     def _groups(self, now: float) -> list[list[Followed]]:
@@ -500,7 +505,7 @@ class Follower:
             else:
                 self._went_well(reader, outcome, limit, seconds)
                 reader.note(began + seconds)
-        return ahead
+        return None if any(reader.failure for reader in group) else ahead
 
     async def _turn(
         self, group: Sequence[Followed], limit: int, begun: Prepared | None
@@ -536,12 +541,12 @@ class Follower:
         reader.is_due = reader.is_due or outcome.has_more
         if not outcome.events:
             return
+        if isinstance(reader.work, Fold) and reader.work.process is not None:
+            self.wake()  # there may be events of its own
         fault = fault_of(reader.reader, reader.checkpoint)
         if fault is not None:
             self._halt(reader, fault)
             return
-        if isinstance(reader.work, Fold) and reader.work.process is not None:
-            self.wake()  # there may be events of its own
         reader.note_rate(outcome.events, seconds)
         if outcome.has_more:
             # Nobody looks at what is built, and who has to wait for it had better wait less.
@@ -574,7 +579,7 @@ class Follower:
         """Try again later, and later each time."""
         reader.pause = min(max(2 * reader.pause, FIRST_PAUSE), LONGEST_PAUSE)
         reader.not_before = self._platform.monotonic() + reader.pause
-        _log.warning("%s waits %.2f s: %s", reader.name, reader.pause, described(error))
+        _log.warning("%s waits %.2f s: %s", reader.full_name, reader.pause, described(error))
 
     async def _park(self, reader: Followed, fold: Fold[Any], error: Exception) -> None:
         why = described(error)
@@ -588,18 +593,19 @@ class Follower:
             return
         reader.is_alone = False
         if is_parked:
-            _log.error("%s has put an event aside: %s", reader.name, why)
+            _log.error("%s has put an event aside: %s", reader.full_name, why)
         else:
             reader.is_mine = False  # until it is looked at again
             self._look_hint.set()
 
     def _halt(self, reader: Followed, error: Exception) -> None:
-        reader.failure = failure_of(reader.name, error)
+        reader.failure = failure_of(reader.full_name, error)
         reader.is_mine = False  # its lease runs out: another process may know how to go on
-        _log.error("%s stopped: %s", reader.name, reader.failure)
+        reader.pause = reader.not_before = 0.0
+        _log.error("%s stopped: %s", reader.full_name, reader.failure)
 
-    async def _sleep(self, hint: asyncio.Event, seconds: float) -> None:
-        """Wait for a hint, or for some seconds."""
+    async def _sleep(self, hint: asyncio.Event, seconds: float | None) -> None:
+        """Wait for a hint, at most for some seconds."""
         try:
             async with asyncio.timeout(seconds):
                 await hint.wait()

@@ -53,7 +53,7 @@ INLINE = 5_000
 ATTEMPTS = 100
 """At a change from outside, or at a reaction, while others come between."""
 MAX_DEAD_LETTERS = 10_000
-"""Of one reader: with more of them it is the reader that is at fault, and it stops."""
+"""Of one reader: with so many it is the reader that is at fault, and it stops."""
 
 
 _NOTHING: Any = object()
@@ -169,8 +169,7 @@ class Turn(Generic[R]):
     def change(self) -> Change:
         """Return it as the store takes it."""
         parked, events = tuple(self.parked), tuple(self.events)
-        fresh = self.fresh if self.leader is None else self.leader.fresh
-        return Change(self.fold.reader, self.at, self.rows, fresh, parked, events=events)
+        return Change(self.fold.reader, self.at, self.rows, self.fresh, parked, events=events)
 
     def written(self) -> None:
         """Remember what is in the store now."""
@@ -674,7 +673,8 @@ def _lead(turns: Sequence[Turn[Any]]) -> None:
         leader = leaders.setdefault((turn.fold.kin, turn.fold.policy), turn)
         if leader is not turn:
             turn.leader = leader
-            turn.rows, turn.parked, turn._parked = leader.rows, leader.parked, leader._parked
+            turn.rows, turn.fresh = leader.rows, leader.fresh
+            turn.parked, turn._parked = leader.parked, leader._parked
 
 
 def _by_position(letters: Iterable[DeadLetter]) -> Iterator[tuple[int, list[DeadLetter]]]:

@@ -26,7 +26,15 @@ from leftfold.infrastructure.follower import (
     Follower,
     give_back,
 )
-from leftfold.infrastructure.pages import Fold, Outcome, Pages, described, failure_of, is_poison
+from leftfold.infrastructure.pages import (
+    Fold,
+    Outcome,
+    Pages,
+    described,
+    failure_of,
+    fault_of,
+    is_poison,
+)
 from leftfold.infrastructure.subscriptions import Subscription
 
 T = TypeVar("T")
@@ -274,6 +282,9 @@ class _Rebuild:
             )
             if outcome.is_lost:
                 return
+            fault = fault_of(self._anew, fold.checkpoint)
+            if fault is not None:
+                raise fault
             if fold not in outcome.failed:
                 self._told(fold.checkpoint.position, outcome.head)
                 is_slow = self._platform.monotonic() - began > RENEWAL

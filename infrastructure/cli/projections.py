@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -33,8 +33,8 @@ from leftfold.infrastructure.cli.output import (
 from leftfold.infrastructure.health import ProjectionHealth
 from leftfold.infrastructure.upkeep import Retried
 
-WATCHED = 2.0
-"""Seconds: in each one there is a look at how far others are."""
+MEASURED = 2.0
+"""Seconds in which it is seen how quickly others get on: in each one there is a look."""
 Name = Annotated[str, typer.Argument(help="The view's name, or the process's.")]
 
 
@@ -56,20 +56,14 @@ app.add_typer(projections, name="projections")
 
 @projections.command("list")
 def list_(store: Store, as_json: AsJson = False) -> None:
-    """Show how far they are; this is done if no command is named."""
+    """Show how far they are, and how quickly they get on; this is done if no command is named."""
     model = kept_in(store)
 
     async def run() -> tuple[ProjectionHealth, ...]:
         async with open_shop(store, model, follow=False) as shop:
-            before = shop.health().projections
-            if not any(projection.lag for projection in before):
-                return before
-            await asyncio.sleep(WATCHED)  # others take it in: how quickly has to be seen
-            now = shop.health().projections
-        return tuple(
-            replace(late, rate=(late.position - early.position) / WATCHED)
-            for early, late in zip(before, now, strict=True)
-        )
+            if any(found.lag and not found.failure for found in shop.health().projections):
+                await asyncio.sleep(MEASURED)
+            return shop.health().projections
 
     columns = ("name", "version", "state", "position", "lag", "rate", "dead_letters")
     found = complete(run())

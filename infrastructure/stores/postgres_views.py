@@ -18,8 +18,8 @@ from leftfold.infrastructure.stores.postgres_commits import without_values
 from leftfold.infrastructure.stores.postgres_database import Cursor, Joined, PostgresDatabase
 from leftfold.infrastructure.stores.postgres_schema import LOCK
 from leftfold.infrastructure.stores.table_views import (
-    FoundThereError,
     Moved,
+    NotFresh,
     Rows,
     TableViews,
     not_unique,
@@ -54,6 +54,7 @@ class PostgresViews(TableViews[PostgresDatabase | Joined, Cursor]):
     dialect = POSTGRES
     head = "SELECT coalesce(max(notification_id), 0) FROM stored_events"
     now = "clock_timestamp()"
+    _may_copy = True
 
     def hold(self, readers: Sequence[Reader], owner: str, seconds: float) -> list[Checkpoint]:
         # Of those whose page is being written the page prolongs the lease: to wait for it with
@@ -187,7 +188,8 @@ class PostgresViews(TableViews[PostgresDatabase | Joined, Cursor]):
         self, table: ViewTable[Any], encoded: Encoded, fresh: Collection[str]
     ) -> _Prepared:
         # In a transaction of others nothing can be tried again.
-        if len(fresh) < COPIED or isinstance(self._database, Joined):
+        is_worth_it = self._may_copy and len(fresh) >= COPIED
+        if not is_worth_it or isinstance(self._database, Joined):
             return _Prepared([], table.dump(encoded))
         copied, others = Encoded(), Encoded()
         for row, values in encoded:
@@ -207,9 +209,18 @@ class PostgresViews(TableViews[PostgresDatabase | Joined, Cursor]):
             refusal = not_unique(table.projection, error.diag.constraint_name or "")
             if refusal is not None:
                 raise refusal from None
-            if copied:
-                raise FoundThereError from None
-            raise
+            if not copied:
+                raise
+            _log.warning("%s: somebody else has written rows", table.projection.table)
+            raise NotFresh from None
+        except psycopg.errors.FeatureNotSupported as error:  # not where rows have policies
+            if not copied:
+                raise
+            _log.warning(
+                "%s: no rows are copied: %s", table.projection.table, error.diag.message_primary
+            )
+            self._may_copy = False
+            raise NotFresh from None
 
     def _delete(self, cursor: Cursor, table: ViewTable[Any], keys: Sequence[str]) -> None:
         cursor.execute(f"{table.delete_by_key} = ANY(%s)".encode(), (list(keys),))

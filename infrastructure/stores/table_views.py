@@ -58,8 +58,8 @@ class Moved(Exception):
     """A checkpoint is not as a page found it, or events were written first by others."""
 
 
-class FoundThereError(Exception):
-    """A row is there that a page knew nothing of: somebody else has written into the table."""
+class NotFresh(Exception):
+    """Rows cannot be put as those that are not there yet."""
 
 
 class TableViews(Generic[D, C]):
@@ -256,10 +256,9 @@ class TableViews(Generic[D, C]):
                     self._commit_whole(cursor, group)
         except Moved:
             return False
-        except FoundThereError:
+        except NotFresh:
             changes = [replace(change, fresh=frozenset()) for change in changes]
-            flags = {"is_built": is_built, "is_fence": is_fence}
-            return self.write(changes, position, group=group, **flags)
+            return self.write(changes, position, group=group, is_built=is_built, is_fence=is_fence)
         return True
 
     def _encode(self, changes: Sequence[Change]) -> list[Encoded]:

@@ -14,6 +14,7 @@ from uuid import uuid4
 
 import psycopg
 import pytest
+from eventsourcing.persistence import OperationalError, ProgrammingError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -484,6 +485,41 @@ def test_the_collector_runs_again_after_a_page_and_stays_off_where_it_was_off():
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+async def test_a_view_that_stops_after_an_outage_leaves_the_processor_alone(
+    store_url, register, monkeypatch
+):
+    async with open_items(settings=Settings(store=store_url, follow=False)) as shop:
+        (await shop.commands.dispatch(register())).unwrap()
+        follower, errors = shop._parts.follower, [OperationalError("away"), ProgrammingError("no")]
+        groups, asked = follower._groups, []
+
+        def begin(_folds, _limit):
+            raise errors.pop(0)
+
+        monkeypatch.setattr(shop._parts.pages, "begin", begin)
+        monkeypatch.setattr(follower, "_groups", lambda now: asked.append(now) or groups(now))
+        shop.follow()
+        assert isinstance((await shop.catch_up()).error, ViewStopped)
+        asked.clear()
+        await asyncio.sleep(1.5)  # within the lease
+        assert len(asked) < 30
+
+
+async def test_whoever_watches_sees_how_quickly_others_get_on(shared_url, register):
+    async with open_items(settings=Settings(store=shared_url, follow=False)) as shop:
+        receipts = [(await shop.commands.dispatch(register(f"S{n}"))).unwrap() for n in range(60)]
+        head, begun = receipts[-1].position, monotonic()
+        follower, views = shop._parts.follower, shop._store.views
+        for position in range(10, head, 10):  # others take in 40 events a second, ten at a time
+            while monotonic() < begun + position / 40:  # many looks a page
+                follower.look()
+                await asyncio.sleep(0.01)
+            (at,) = views.checkpoints([item_stock])
+            assert views.write([Change(item_stock, at)], position)
+        (found, *_) = shop.health().projections
+        assert 20 < found.rate < 80
 
 
 @pytest.mark.parametrize(("page_seconds", "grows"), [(60.0, True), (1e-6, False)])

@@ -292,6 +292,30 @@ def test_a_page_says_which_of_its_rows_are_not_there_yet(opened, monkeypatch, ke
     assert shop.rows(view) == {A.hex: Tally(1, 1), B.hex: Tally(1, 1)}
 
 
+def test_a_page_says_so_too_while_the_one_before_it_is_not_written(opened):
+    view = tallying()
+    shop = opened(view)
+    shop.write(shop.received(A), shop.received(B), shop.received(A), shop.received(C))
+    fold = shop.fold_of(view)
+    first = shop.pages.prepare([fold], 2)
+    second = shop.pages.prepare([fold], 2, first)
+    assert [turn.change().fresh for page in (first, second) for turn in page.turns] == [
+        {A.hex, B.hex},
+        {C.hex},
+    ]
+
+
+def test_views_that_fold_the_same_say_the_same(opened):
+    view = tallying()
+    views = view, view.derive("large", version=1, specification=attr("quantity") > 1)
+    shop = opened(*views)
+    folds = [shop.fold_of(view) for view in views]
+    shop.write(shop.received(A), shop.received(B))
+    one, two = shop.pages.prepare(folds, 10).turns
+    assert two.leader is one
+    assert one.change().fresh == two.change().fresh == {A.hex, B.hex}
+
+
 def test_only_events_that_satisfy_where_are_folded(opened):
     view = tallying(where=attr("quantity") > 1)
     shop = opened(view)

@@ -610,6 +610,22 @@ async def test_commands_and_queries_answer_that_the_keys_are_away(shared_url, mo
         (await runtime.commands.dispatch(Join(key="c", name="Cem"))).unwrap()
 
 
+async def test_keys_that_are_away_are_asked_for_once_a_load(sqlite_url, monkeypatch):
+    async with opened(sqlite_url) as runtime:
+        await fill(runtime)
+    async with opened(sqlite_url, follow=False) as runtime:
+        asked = []
+
+        def find(key_id):
+            asked.append(key_id)
+            raise KeysUnavailable("away")
+
+        monkeypatch.setattr(runtime._keyring, "find", find)
+        outcome = await runtime.queries.dispatch(HistoryOf(key="a"))
+        assert isinstance(outcome.error, KeysUnavailable)
+        assert len(asked) == 1
+
+
 async def test_what_cannot_be_sealed_or_opened_in_time_is_answered(sqlite_url, monkeypatch):
     async with opened(sqlite_url) as runtime:
         await fill(runtime)

@@ -8,11 +8,13 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from time import monotonic
+from uuid import uuid4
 
 import psycopg
 import pytest
 
 from leftfold.application import InvalidModelError, Projection
+from leftfold.application.checkpoints import Change
 from leftfold.application.items import GetItem, ItemRow, item_model, item_stock
 from leftfold.domain.items import ItemRegistered
 from leftfold.infrastructure import (
@@ -24,8 +26,15 @@ from leftfold.infrastructure import (
     ViewChangedError,
 )
 from leftfold.infrastructure.items import open_items
+from leftfold.infrastructure.settings import load_settings
+from leftfold.infrastructure.stores import make_store
 
 pytestmark = pytest.mark.anyio
+
+
+@dataclass(frozen=True, slots=True)
+class Lot:
+    number: int
 
 
 def execute(url, statement):
@@ -36,6 +45,35 @@ def execute(url, statement):
     with psycopg.connect(url) as connection:
         cursor = connection.execute(statement)
         return cursor.fetchall() if cursor.description else []
+
+
+def test_a_role_that_may_not_copy_writes_its_rows_all_the_same(postgres_url, caplog):
+    """PostgreSQL refuses COPY to those for whom a table's rows have policies."""
+    rows = {f"k{n:03}": Lot(n) for n in range(200)}
+    view = Projection("lots", version=1, row=Lot)
+    owner = make_store(load_settings(store=postgres_url))
+    owner.open([view], create_tables=True)
+    owner.close()
+    role = f"clerk_{uuid4().hex}"
+    for statement in (
+        f"CREATE ROLE {role}",
+        f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {role}",
+        "ALTER TABLE lots_v1 ENABLE ROW LEVEL SECURITY",
+        f"CREATE POLICY all_rows ON lots_v1 TO {role} USING (true)",
+    ):
+        execute(postgres_url, statement)
+    sign = "&" if "?" in postgres_url else "?"
+    clerk = make_store(load_settings(store=f"{postgres_url}{sign}options=-crole%3D{role}"))
+    clerk.open([view], create_tables=False)
+    for position in (1, 2):
+        (at,) = clerk.views.checkpoints([view])
+        assert clerk.views.write([Change(view, at, rows, fresh=rows.keys())], position)
+        rows = {f"{key}b": row for key, row in rows.items()}
+    assert clerk.views.count(view) == 400
+    clerk.close()
+    assert caplog.text.count("not supported with row-level security") == 1
+    execute(postgres_url, f"DROP OWNED BY {role}")
+    execute(postgres_url, f"DROP ROLE {role}")
 
 
 async def opens(runtime):

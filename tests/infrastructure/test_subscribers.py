@@ -733,6 +733,26 @@ async def test_one_that_is_everywhere_is_told_by_each_runtime(shared_url, regist
     assert (one.sales, two.sales) == ([1, 2, 3], [2, 3])
 
 
+@pytest.mark.parametrize("everywhere", [True, False])
+async def test_a_lost_hint_is_made_good(shared_url, register, sell, everywhere):
+    told = Told()
+    tells = telling(told.sold, everywhere=everywhere, needs=[item_stock])
+    async with opened(shared_url, tells) as shop, opened(shared_url, follow=False) as other:
+        (await other.commands.dispatch(register("A", 100))).unwrap()
+        (await shop.catch_up()).unwrap()
+        store = shop._store
+        if store.hints:
+            store._listener.execute("UNLISTEN *")
+        else:
+            store.has_changed = lambda: False
+        await sold(other, sell, 1)
+        begun = time.monotonic()
+        while not told.sales:
+            assert time.monotonic() - begun < 5
+            await asyncio.sleep(0.01)
+    assert told.sales == [1]
+
+
 @pytest.mark.usefixtures("_few_attempts")
 async def test_of_one_that_is_everywhere_what_keeps_failing_is_logged(
     caplog, store_url, register, sell

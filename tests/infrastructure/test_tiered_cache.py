@@ -19,6 +19,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import ConstantBackoff
 
 from leftfold.infrastructure.caches import InMemoryCache, RedisCache, TieredCache, tiered
+from leftfold.infrastructure.caches import redis as redis_tier
 
 pytestmark = pytest.mark.anyio
 
@@ -93,11 +94,13 @@ async def test_what_one_process_changes_leaves_the_memory_of_another_within_50_m
         assert median(took) < 0.05, took
 
 
-async def test_waiting_for_a_connection_takes_no_time_of_a_command(proxy):
+async def test_waiting_for_a_connection_takes_no_time_of_a_command(proxy, monkeypatch):
+    monkeypatch.setattr(redis_tier, "TIMEOUT", 1.5)
     cache = RedisCache(int, proxy.url, prefix="t")
     await cache.set("a", 1)
-    proxy.delay = 0.02  # so that all together take longer than any one may
-    assert await asyncio.gather(*(cache.get("a") for _ in range(600))) == [1] * 600
+    proxy.delay, begun = 0.02, monotonic()
+    assert await asyncio.gather(*(cache.get("a") for _ in range(800))) == [1] * 800
+    assert monotonic() - begun > redis_tier.TIMEOUT  # which each of them may take
     await cache.close()
 
 
