@@ -14,7 +14,7 @@ demo: $(VENV)/.installed ## simulate a small shop and import its sales on SQLite
 	$(BIN)/leftfold demo
 
 test: $(VENV)/.installed ## every test, with real servers that pip brought
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n auto --dist worksteal $(TESTS)
 
 check: $(VENV)/.installed ## style, types, layers
 	$(BIN)/ruff format --check .

@@ -201,7 +201,7 @@ class EventMapper(Mapper[UUID]):
                 raise
             except Exception:  # noqa: BLE001 - `decode` says what it is
                 event = self.decode(aggregate_id, version, topic, state)
-            envelope = event.__dict__
+            envelope = vars(event)
             envelope["originator_id"] = aggregate_id
             envelope["originator_version"] = version
             events.append(event)

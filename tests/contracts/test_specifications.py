@@ -116,9 +116,10 @@ def test_the_rows_that_a_store_finds_are_those_that_python_accepts(store_url):
         @given(specifications(Thing))
         def law(spec):
             expected = [key for key, row in SHOWN.items() if spec.check(row)]
-            found = views.select(things, None, None, None, asked(spec))
+            where = asked(spec)
+            found = views.select(things, None, None, None, where)
             assert [key for key, _ in found] == expected
-            assert views.count(things, asked(spec)) == len(expected)
+            assert views.count(things, where) == len(expected)
 
         law()
 
@@ -154,12 +155,12 @@ def test_order_and_paging_agree(store_url):
             st.sampled_from([1, 7, *range(30, 120)]),
         )
         def law(spec, name, is_descending, size):
-            order = Order(name, is_descending)
-            whole = views.select(things, order, None, None, asked(spec))
+            order, where = Order(name, is_descending), asked(spec)
+            whole = views.select(things, order, None, None, where)
             assert {key for key, _ in whole} == {k for k, row in SHOWN.items() if spec.check(row)}
             size = max(size, len(whole) // 20)  # or it takes long
             pages, seek = [], None
-            while page := views.select(things, order, size, seek, asked(spec)):
+            while page := views.select(things, order, size, seek, where):
                 pages += page
                 key, row = page[-1]
                 seek = Seek(getattr(row, name), key)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -48,15 +49,22 @@ def leftfold(*arguments, store=None, **environment):
     )
 
 
-@pytest.fixture
-def shop(tmp_path):
-    """A store with a small shop in it."""
-    url = f"sqlite:///{tmp_path}/shop.db"
-    path = tmp_path / "shop.csv"
-    write_shop(path, seed=5, days=10)
-    done = leftfold("import", str(path), "--store", url, "--json")
+@pytest.fixture(scope="session")
+def imported(tmp_path_factory):
+    """The folder of a store into which a small shop was imported, and the shop's file."""
+    folder = tmp_path_factory.mktemp("imported")
+    write_shop(folder / "shop.csv", seed=5, days=10)
+    url = f"sqlite:///{folder}/shop.db"
+    done = leftfold("import", str(folder / "shop.csv"), "--store", url, "--json")
     assert done.returncode == 0, done.stderr
-    return url
+    return folder
+
+
+@pytest.fixture
+def shop(imported, tmp_path):
+    """A store with a small shop in it."""
+    shutil.copytree(imported, tmp_path, dirs_exist_ok=True)
+    return f"sqlite:///{tmp_path}/shop.db"
 
 
 def one_line(done):
