@@ -274,13 +274,16 @@ async def test_the_librarys_own_retries_do_not_hide_under_ours(server, register,
 async def test_a_moments_failure_is_retried_and_nobody_sees_it(postgres_url, register):
     async with open_items(settings=settings(postgres_url)) as shop:
         (await shop.commands.dispatch(register("A"))).unwrap()
-        with psycopg.connect(postgres_url, autocommit=True) as connection:
-            connection.execute(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-                "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        for _ in range(20):  # views may be the first to find that all connections are gone
+            with psycopg.connect(postgres_url, autocommit=True) as connection:
+                connection.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                    "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+                )
+            answers = await asyncio.gather(
+                *(shop.queries.dispatch(ItemHistory(sku="A")) for _ in range(6))
             )
-        answers = await asyncio.gather(
-            *(shop.queries.dispatch(ItemHistory(sku="A")) for _ in range(6))
-        )
-        assert all(answer.is_ok() for answer in answers)
+            assert all(answer.is_ok() for answer in answers)
+            if shop.health().parts[0].counters["failures"] > 0:
+                break
         assert shop.health().parts[0].counters["failures"] > 0
