@@ -13,8 +13,9 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed ## simulate a small shop and import its sales on SQLite
 	$(BIN)/leftfold demo
 
-test: $(VENV)/.installed ## every test, with real servers that pip brought
-	$(BIN)/python -m pytest -n auto --dist worksteal $(TESTS)
+test: $(VENV)/.installed ## every test, with real servers that pip brought; those of times afterwards
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not timed" $(TESTS)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m timed
 
 check: $(VENV)/.installed ## style, types, layers
 	$(BIN)/ruff format --check .

@@ -16,7 +16,7 @@ from leftfold.domain.items import ItemNotFound
 from leftfold.infrastructure import InMemoryCache, RedisCache, Settings, TieredCache
 from leftfold.infrastructure.items import open_items
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.timed]
 
 
 class Asked:

@@ -17,7 +17,7 @@ from leftfold.infrastructure import Settings, follower
 from leftfold.infrastructure.items import open_items
 from leftfold.infrastructure.stores import make_store, postgres
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.timed]
 
 
 def terminate(url):

@@ -17,7 +17,7 @@ from leftfold.infrastructure.items import open_items
 from leftfold.infrastructure.settings import load_settings
 from leftfold.infrastructure.stores import make_store
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.timed]
 
 
 def test_of_two_processes_that_register_one_sku_exactly_one_succeeds(shared_url, start):

@@ -14,7 +14,7 @@ from leftfold.domain import Ok
 from leftfold.infrastructure import Settings
 from leftfold.infrastructure.items import open_items
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.timed]
 
 SELLS_FOREVER = """
     async def sells(shop, n):

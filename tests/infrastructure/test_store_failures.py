@@ -20,7 +20,7 @@ from leftfold.domain import Err, Ok
 from leftfold.infrastructure import CircuitState, Settings
 from leftfold.infrastructure.items import open_items
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.timed]
 
 STORE_TIMEOUT = 1.0
 

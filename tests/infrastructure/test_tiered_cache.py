@@ -21,7 +21,7 @@ from redis.backoff import ConstantBackoff
 from leftfold.infrastructure.caches import InMemoryCache, RedisCache, TieredCache, tiered
 from leftfold.infrastructure.caches import redis as redis_tier
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.timed]
 
 
 @asynccontextmanager
