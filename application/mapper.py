@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 from uuid import UUID
 
@@ -21,7 +21,7 @@ from leftfold.application.errors import (
 )
 from leftfold.application.ports import EncodedEvent
 from leftfold.domain import Aggregate, Event, Snapshot
-from leftfold.domain.event import upcast, upcast_gap
+from leftfold.domain.event import NOBODY, upcast, upcast_gap
 from leftfold.domain.metadata import NO_METADATA, Metadata
 from leftfold.domain.personal import Keys, UnsealedError, Writing
 
@@ -152,18 +152,11 @@ class EventMapper(Mapper[UUID]):
 
     def decode(self, aggregate_id: UUID, version: int, topic: str, state: bytes) -> Any:
         """Decode what is stored at one version of an aggregate; see `to_domain_event`."""
-        event_type = self.types.get(topic)
-        if event_type is None:
+        read = self._readers.get(topic)
+        if read is None:
             raise UnknownTopicError(topic)
         try:
-            if self.cipher:
-                state = self.cipher.decrypt(state)
-            if self.compressor:
-                state = self.compressor.decompress(state)
-            if topic in self.first_versions:
-                event = event_type.__pydantic_validator__.validate_json(state, context=self.keys)
-            else:
-                event = self._decode_by_parts(event_type, aggregate_id, version, state)
+            event = read(state, context=self.keys)
         except KeysUnavailable:  # it may be read tomorrow
             raise
         except Exception as error:  # noqa: BLE001 - whatever the classes, ciphers and upcasters raise
@@ -175,43 +168,38 @@ class EventMapper(Mapper[UUID]):
         envelope["originator_version"] = version
         return event
 
-    def _decode_by_parts(
-        self, stored_type: type[Event | Snapshot], aggregate_id: UUID, version: int, state: bytes
-    ) -> Event | Snapshot:
-        """Decode a snapshot, or an event whose stored state may be of an older class version."""
-        parts = from_json(state)
-        if issubclass(stored_type, Snapshot):
-            parts |= {"originator_id": aggregate_id, "originator_version": version}
-        else:
-            parts = upcast(stored_type, parts, parts.pop("class_version", 1))
-        return stored_type.model_validate(parts, context=self.keys)
-
     def decode_all(self, stored: Iterable[tuple[UUID, int, str, bytes]]) -> list[Any]:
-        """Decode many, as `decode` does one; quicker, where their state is read as it stands."""
-        validators, keys = self._validators, self.keys
-        events: list[Any] = []
-        for aggregate_id, version, topic, state in stored:
-            validate = validators.get(topic)
-            if validate is None:
-                events.append(self.decode(aggregate_id, version, topic, state))
-                continue
-            try:
-                event = validate(state, context=keys)
-            except KeysUnavailable:  # to ask again takes as long again
-                raise
-            except Exception:  # noqa: BLE001 - `decode` says what it is
-                event = self.decode(aggregate_id, version, topic, state)
-            envelope = vars(event)
-            envelope["originator_id"] = aggregate_id
-            envelope["originator_version"] = version
-            events.append(event)
-        return events
+        """Decode many, as `decode` does one."""
+        return [self.decode(*each) for each in stored]
 
     @cached_property
-    def _validators(self) -> Mapping[str, Callable[..., Event]]:
-        if self.cipher or self.compressor:
-            return {}
-        return {t: self.types[t].__pydantic_validator__.validate_json for t in self.first_versions}
+    def _readers(self) -> Mapping[str, Callable[..., Event | Snapshot]]:
+        """What reads a state of a topic: pydantic alone, where it is read as it stands."""
+        plain = frozenset[str]() if self.cipher or self.compressor else self.first_versions
+        return {
+            topic: kind.__pydantic_validator__.validate_json
+            if topic in plain
+            else partial(self._read, topic, kind)
+            for topic, kind in self.types.items()
+        }
+
+    def _read(
+        self, topic: str, kind: type[Event | Snapshot], state: bytes, *, context: Keys | None
+    ) -> Event | Snapshot:
+        """Read a state that is encrypted, compressed, or may be of an older class version."""
+        if self.cipher:
+            state = self.cipher.decrypt(state)
+        if self.compressor:
+            state = self.compressor.decompress(state)
+        if topic in self.first_versions:
+            event: Event = kind.__pydantic_validator__.validate_json(state, context=context)
+            return event
+        parts = from_json(state)
+        if issubclass(kind, Snapshot):
+            parts |= {"originator_id": NOBODY, "originator_version": 0}  # until `decode` knows
+        else:
+            parts = upcast(kind, parts, parts.pop("class_version", 1))
+        return kind.model_validate(parts, context=context)
 
 
 def _check(writing: Writing, event: Any) -> None:

@@ -89,11 +89,7 @@ class PostgresViews(TableViews[PostgresDatabase | Joined, Cursor]):
 
     @contextmanager
     def _changing(
-        self,
-        rows: int = 0,  # noqa: ARG002 - its size matters to files only
-        *,
-        has_events: bool = False,
-        defines: bool = False,
+        self, _rows: int = 0, /, *, has_events: bool = False, defines: bool = False
     ) -> Iterator[Cursor]:
         with self._database.writing() as cursor:
             if has_events:
@@ -185,7 +181,7 @@ class PostgresViews(TableViews[PostgresDatabase | Joined, Cursor]):
         return self.log.write(cursor.connection, run)
 
     def _prepared(
-        self, table: ViewTable[Any], encoded: Encoded, fresh: Collection[str]
+        self, table: ViewTable[Any], encoded: Encoded, fresh: Collection[str], /
     ) -> _Prepared:
         # In a transaction of others nothing can be tried again.
         is_worth_it = self._may_copy and len(fresh) >= COPIED

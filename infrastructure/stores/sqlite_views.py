@@ -64,7 +64,7 @@ class SQLiteViews(TableViews[SQLiteFile | Joined, sqlite3.Cursor]):
 
     @contextmanager
     def _changing(
-        self, rows: int = 0, *, has_events: bool = False, defines: bool = False
+        self, rows: int = 0, /, *, has_events: bool = False, defines: bool = False
     ) -> Iterator[sqlite3.Cursor]:
         with self._database.writing(rows, durable=has_events or defines) as connection:
             cursor = connection.cursor()
@@ -133,10 +133,7 @@ class SQLiteViews(TableViews[SQLiteFile | Joined, sqlite3.Cursor]):
         return self.log.write(cursor.connection, run)
 
     def _prepared(
-        self,
-        table: ViewTable[Any],  # noqa: ARG002 - rows are the same for all
-        encoded: Encoded,
-        fresh: Collection[str],  # noqa: ARG002 - and it is no quicker to put them
+        self, _table: ViewTable[Any], encoded: Encoded, _fresh: Collection[str], /
     ) -> list[list[object]]:
         return [values for _, values in encoded]
 

@@ -99,9 +99,9 @@ class TableViews(Generic[D, C]):
 
     @abstractmethod
     def _changing(
-        self, rows: int = 0, *, has_events: bool = False, defines: bool = False
+        self, rows: int = 0, /, *, has_events: bool = False, defines: bool = False
     ) -> AbstractContextManager[C]:
-        """Begin a transaction; one without events may be lost as a whole."""
+        """Begin a transaction of about so many rows; one without events may be lost as a whole."""
 
     @abstractmethod
     def _comparing(self) -> AbstractContextManager[C]:
@@ -141,7 +141,7 @@ class TableViews(Generic[D, C]):
         """Write events in the transaction of a page."""
 
     @abstractmethod
-    def _prepared(self, table: ViewTable[Any], encoded: Encoded, fresh: Collection[str]) -> Any:
+    def _prepared(self, table: ViewTable[Any], encoded: Encoded, fresh: Collection[str], /) -> Any:
         """Return rows as `_put` takes them."""
 
     @abstractmethod

@@ -13,7 +13,6 @@ import time
 from contextlib import contextmanager
 from dataclasses import replace
 from decimal import Decimal
-from functools import partial
 from uuid import uuid4
 
 import pytest
@@ -84,6 +83,14 @@ def until(happens):
         time.sleep(0.005)
 
 
+@pytest.fixture(autouse=True)
+def _heeding_interrupts():
+    """Let no command inherit that interrupts are ignored, as they are in a shell's background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @contextmanager
 def started(url, *arguments):
     """A command under way, stopped in the end."""
@@ -94,8 +101,6 @@ def started(url, *arguments):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "LEFTFOLD_STORE": url},
-        # The tests may run where interrupts are ignored, as in a shell's background.
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - that is all it does
     )
     try:
         yield process
