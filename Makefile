@@ -14,8 +14,8 @@ demo: $(VENV)/.installed ## simulate a small shop and import its sales on SQLite
 	$(BIN)/leftfold demo
 
 test: $(VENV)/.installed ## every test, with real servers that pip brought; those of times afterwards
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not timed" $(TESTS)
-	$(BIN)/python -m pytest -n auto --dist worksteal -m timed
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not timed" $(OPTIONS)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m timed $(OPTIONS)
 
 check: $(VENV)/.installed ## style, types, layers
 	$(BIN)/ruff format --check .

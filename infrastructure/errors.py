@@ -108,7 +108,7 @@ class ReactionConflictError(
 class TooManyDeadLettersError(
     InfrastructureError, message="{projection} has {limit} dead letters or more"
 ):
-    """So many events cannot be folded that it must be the projection that is at fault."""
+    """So much could not be taken in that it must be the reader that is at fault."""
 
     projection: str
     limit: int

@@ -497,7 +497,7 @@ class Pages:
 
         Returns how far it reaches, too, and whether there is more.
         """
-        if min(head, head if until is None else until) <= after:
+        if head <= after or (until is not None and until <= after):
             return [], after, False
         topics = frozenset[str]().union(*(fold.topics for fold in folds))
         is_sparse = all(fold.is_sparse for fold in folds)
