@@ -25,6 +25,7 @@ from leftfold.infrastructure import (
     Runtime,
     Settings,
     follower,
+    pages,
     runtime,
     subscriptions,
 )
@@ -731,6 +732,23 @@ async def test_one_that_is_everywhere_is_told_by_each_runtime(shared_url, regist
             for each in (shop, other):
                 (await each.catch_up()).unwrap()
     assert (one.sales, two.sales) == ([1, 2, 3], [2, 3])
+
+
+@pytest.mark.usefixtures("_few_attempts")
+async def test_one_that_can_be_told_of_nothing_stops_in_the_end(
+    store_url, register, sell, monkeypatch
+):
+    monkeypatch.setattr(pages, "MAX_DEAD_LETTERS", 3)
+    told = Told(7)
+    async with opened(store_url, telling(told.sold)) as shop:
+        await shop.commands.dispatch(register("A", 100))
+        await sold(shop, sell, *[7] * 6)
+        await until(lambda: health(shop).state == "halted")
+        assert "3 dead letters" in health(shop).failure
+        told.failing.clear()
+        await shop.retry("tells")
+        (await shop.catch_up()).unwrap()
+        assert told.sales == [7] * 6
 
 
 @pytest.mark.parametrize("everywhere", [True, False])
