@@ -90,7 +90,8 @@ class Change:
     """For the projection's own statements."""
 
 
-class Comparison(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Comparison:
     """How the rows of a view differ from those of another, in rows."""
 
     same: int

@@ -287,6 +287,13 @@ class ViewStore(Protocol):
         """Return the versions that are stored of a reader, and whether somebody holds each."""
         ...
 
+    def before(self, projection: Projection[Any]) -> Projection[Any] | None:
+        """Return the version of a view that is stored before this one, to compare its rows.
+
+        None if there is none, or if its columns are not the same.
+        """
+        ...
+
     def compare(self, projection: Projection[Any], other: Projection[Any]) -> Comparison | None:
         """Compare the rows of a view with another's, whose columns are the same.
 

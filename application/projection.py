@@ -152,9 +152,13 @@ class Projection(Generic[R]):
 
         What it reads names the code that it folds by: half of it is never another code's.
         """
-        anew = copy(self)
-        anew.version = -self.version
-        return anew
+        return self.at(-self.version)
+
+    def at(self, version: int) -> Projection[R]:
+        """Return the same as another version."""
+        other = copy(self)
+        other.version = version
+        return other
 
     @property
     def table(self) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 from eventsourcing.persistence import PersistenceError
 
-from leftfold.application import ViewBehind, ViewStopped
-from leftfold.application.checkpoints import Checkpoint, Reader, full_name
+from leftfold.application import Projection, ViewBehind, ViewStopped
+from leftfold.application.checkpoints import Checkpoint, Comparison, Reader, full_name
 from leftfold.application.ports import Log, Platform, ViewStore
 from leftfold.domain import LeftfoldError
 from leftfold.infrastructure.access import may_pass
@@ -51,6 +51,11 @@ UNSEEN = 3
 SMOOTHING = 0.3
 """How much of a rate is the last page's."""
 
+COMPARED = 250
+"""Looks at whether a view and the version before it are equally far."""
+
+Ask = Callable[..., Awaitable[Any]]
+"""Calls what may block with its arguments."""
 Paged = Callable[[Reader, int, float], object]
 
 
@@ -86,6 +91,8 @@ class Followed:
         self.not_before = 0.0
         self.behind_since: float | None = None
         self.rate = 0.0
+        self.compared: Comparison | None = None
+        """How its rows differed from those of the version before it when they were built here."""
         self.moved_at = 0.0
         """When others were last seen to have moved it, or to have no more to take in."""
         self._waiting: list[tuple[int, asyncio.Future[None]]] = []
@@ -178,6 +185,7 @@ class Followed:
             self.rate,
             self.checkpoint.dead_letters,
             None if self.failure is None else str(self.failure),
+            self.compared,
         )
 
 
@@ -414,6 +422,40 @@ class Follower:
             reader.is_due = reader.is_due or reader.position < reader.head
             reader.note(now)
 
+    # Versions ---------------------------------------------------------------------------------
+
+    async def compare(self, reader: Followed, ask: Ask) -> Comparison | None:
+        """Compare a view with the version before it, once they are equally far.
+
+        None if there is no other, if their columns differ, or if they are never equally far.
+        """
+        projection = reader.reader
+        if not isinstance(projection, Projection):
+            return None
+        other: Projection[Any] | None = await ask(self._views.before, projection)
+        if other is None:
+            return None
+        declared = self.readers.get(other.table)
+        if declared is not None and isinstance(declared.reader, Projection):
+            other = declared.reader
+        for _ in range(COMPARED):
+            compared: Comparison | None = await ask(self._views.compare, projection, other)
+            if compared is not None or self._is_stopping:
+                return compared
+            await self._platform.sleep(SOON)
+        return None
+
+    async def _compare_built(self, reader: Followed) -> None:
+        """Tell how a view that takes over from the version before it differs from that."""
+        try:
+            compared = await self.compare(reader, self._platform.in_thread)
+        except (PersistenceError, NotRunningError) as error:
+            _log.warning("%s is not compared: %s", reader.full_name, described(error))
+            return
+        if compared is not None:
+            reader.compared = compared
+            _log.info("%s is built; beside the version before: %s", reader.full_name, compared)
+
     # Pages ------------------------------------------------------------------------------------
 
     async def _run_pages(self) -> None:
@@ -486,6 +528,7 @@ class Follower:
         """Take in one page; return the next, if it was folded while this one was written."""
         began = self._platform.monotonic()
         limit = min(reader.limit for reader in group)
+        shown = [reader for reader in group if reader.checkpoint.is_built]
         ahead: Prepared | None = None
         try:
             outcome, ahead = await self._turn(group, limit, begun)
@@ -495,6 +538,8 @@ class Follower:
             return None
         seconds = self._platform.monotonic() - began
         for reader in group:
+            if reader.checkpoint.is_built and reader not in shown:
+                self._start(self._compare_built(reader))
             work = reader.work
             failure = outcome.failed.get(work) if isinstance(work, Fold) else None
             if failure is not None and not outcome.is_lost:

@@ -9,6 +9,8 @@ from typing import Protocol
 
 from pydantic import TypeAdapter
 
+from leftfold.application.checkpoints import Comparison
+
 
 class ReaderState(StrEnum):
     """What a view, a process or a subscriber is doing."""
@@ -45,6 +47,9 @@ class ProjectionHealth:
     """Events that were put aside, by row: an event that changes two counts twice."""
     failure: str | None
     """Why it stopped, if it did."""
+    compared: Comparison | None = None
+    """How its rows differed from those of the version before it when this process had built it;
+    None if there is none, if its columns are others, or if the two were never equally far."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -215,9 +215,10 @@ class Runtime:
         return await self._opened.upkeep.rebuild(name, told)
 
     async def compare_versions(self, name: str) -> Comparison | None:
-        """Compare the newest version of a view with the one before it, if the model has two.
+        """Compare the newest version of a view with the one that is stored before it.
 
-        None if it has not, if their columns differ, or if they are never equally far.
+        None if there is none, if their columns differ, or if they are never equally far: some
+        process has to keep the older one up to date.
         """
         return await self._opened.upkeep.compare(name)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any, TypeVar
 
 from eventsourcing.persistence import PersistenceError
@@ -45,7 +44,6 @@ RENEWAL = 1.0
 """Seconds that such a page may take at most: then its lease is renewed."""
 TRIES = 1_000
 """To find a view and the one beside it equally far."""
-PAIR = 2
 
 
 def untold(_position: int, _head: int) -> None:
@@ -140,20 +138,12 @@ class Upkeep:
         return compared
 
     async def compare(self, name: str) -> Comparison | None:
-        """Compare the newest version of a view with the one before it in this model.
+        """Compare the newest version of a view in this model with the one before it in the store.
 
         None if there is no other, if their columns differ, or if they are never equally far.
         """
-        versions = [r.reader for r in self._named(name) if isinstance(r.reader, Projection)]
-        versions.sort(key=attrgetter("version"))
-        if len(versions) < PAIR or versions[-1].column_types != versions[-2].column_types:
-            return None
-        for _ in range(TRIES):
-            compared = await self._read(self._pages.views.compare, versions[-1], versions[-2])
-            if compared is not None:
-                return compared
-            await self._platform.sleep(SOON)
-        return None
+        newest = max(self._named(name), key=lambda reader: reader.reader.version)
+        return await self._follower.compare(newest, self._read)
 
     async def versions(self, name: str) -> dict[int, bool]:
         """Return the versions that are stored of a view, and whether a process keeps each.

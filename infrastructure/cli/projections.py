@@ -88,9 +88,9 @@ def rebuild(name: Name, store: Store, as_json: AsJson = False) -> None:
 
     compared = complete(run())
     if as_json:
-        show_json(compared._asdict())
+        show_json(asdict(compared))
     else:
-        show_facts(f"Rows of {name}", list(compared._asdict().items()))
+        show_facts(f"Rows of {name}", list(asdict(compared).items()))
 
 
 @projections.command()

@@ -218,6 +218,7 @@ class MemoryViews:
         self._letters: dict[tuple[str, int], dict[tuple[int, str], DeadLetter]] = {}
         self._shapes: dict[str, RowShape[Any]] = {}
         self._defined: dict[tuple[str, int], tuple[str, str]] = {}
+        self._projections: dict[tuple[str, int], Projection[Any]] = {}
 
     def _shape(self, projection: Projection[R]) -> RowShape[R]:
         if projection.table not in self._shapes:
@@ -269,6 +270,8 @@ class MemoryViews:
             columns = describe(columns_of(reader)) if isinstance(reader, Projection) else ""
             found = self._defined.setdefault(_id(reader), (columns, reader.reads))
             check_unchanged(reader, columns, found)
+            if isinstance(reader, Projection):
+                self._projections[_id(reader)] = reader
             if _id(reader) not in self._checkpoints:
                 head = self._log.head()
                 begin = head if reader.begins_now else 0
@@ -285,6 +288,13 @@ class MemoryViews:
     def versions(self, name: str) -> dict[int, bool]:
         with self._log.locked():
             return {v: self._is_held((n, v)) for n, v in self._checkpoints if n == name}
+
+    def before(self, projection: Projection[Any]) -> Projection[Any] | None:
+        with self._log.locked():
+            earlier = (v for v in self.versions(projection.name) if 0 < v < projection.version)
+            other = self._projections.get((projection.name, max(earlier, default=0)))
+        is_alike = other is not None and columns_of(other) == columns_of(projection)
+        return other if is_alike else None
 
     def compare(self, projection: Projection[Any], other: Projection[Any]) -> Comparison | None:
         with self._log.locked():

@@ -402,6 +402,18 @@ class TableViews(Generic[D, C]):
                 self._run(cursor, f'DROP VIEW IF EXISTS "{reader.name}"')
             self._run(cursor, f'DROP TABLE IF EXISTS "{reader.table}"')
 
+    def before(self, projection: Projection[Any]) -> Projection[Any] | None:
+        with self._reading() as cursor:
+            found = self._run(
+                cursor,
+                "SELECT version, definition FROM leftfold_checkpoints "
+                "WHERE name = ? AND version > 0 AND version < ? ORDER BY version DESC LIMIT 1",
+                (projection.name, projection.version),
+            ).fetchone()
+        if found is None or found[1] != self.table(projection).description:
+            return None
+        return projection.at(found[0])
+
     def compare(self, projection: Projection[Any], other: Projection[Any]) -> Comparison | None:
         with self._comparing() as cursor:
             return self._compare(cursor, projection, other)

@@ -398,6 +398,22 @@ class CheckpointContract:
         assert views.versions("sales") == {1: True}
         assert views.versions("unknown") == {}
 
+    def test_the_version_before_is_found_where_its_columns_are_the_same(self, views):
+        before = views.before(newer)
+        assert (before.name, before.version, before.table) == ("stock", 1, stock.table)
+        assert views.before(stock) is None
+        assert views.before(sales) is None
+        views.drop(stock)
+        assert views.before(newer) is None
+
+    def test_a_version_before_with_other_columns_is_not_compared(self, views):
+        other = view("stock", 3, row=Named)
+        views.define(other)
+        assert views.before(other) is None
+        later = view("stock", 4)
+        views.define(later)
+        assert views.before(later) is None  # what lies between is not skipped
+
     # Comparing, and taking over
 
     def test_two_views_are_compared_row_by_row(self, views):

@@ -36,10 +36,11 @@ from leftfold.infrastructure import (
     Runtime,
     Settings,
     ViewChangedError,
+    follower,
     upkeep,
 )
 from leftfold.infrastructure.errors import ViewBusyError, ViewInUseError
-from leftfold.infrastructure.health import ReaderState
+from leftfold.infrastructure.health import ReaderState, dump_health
 
 pytestmark = pytest.mark.anyio
 
@@ -287,6 +288,44 @@ async def test_of_two_versions_that_are_built_together_people_find_the_newer(
 # Comparing and dropping versions ---------------------------------------------------------------
 
 
+async def compared(shop, name="sold_units"):
+    """Wait until a runtime tells how a view differed from the version before it."""
+    async with asyncio.timeout(10):
+        while True:
+            (view,) = [each for each in shop.health().projections if each.name == name]
+            if view.compared is not None:
+                return view.compared
+            await asyncio.sleep(0.01)
+
+
+async def test_a_new_version_tells_how_it_differs_from_the_old_one_when_it_takes_over(
+    store_url, fill
+):
+    newer = sold_units(2, specification=attr("units") < 9)
+    async with of(store_url, sold_units()) as old:
+        await fill(old)
+        async with beside(old, newer) as new:
+            (await new.catch_up()).unwrap()
+            assert await compared(new) == Comparison(2, 2, 0, 0)
+            assert await new.compare_versions("sold_units") == Comparison(2, 2, 0, 0)
+            assert old.health().projections[0].compared is None
+            assert '"changed": 2' in dump_health(new.health())
+
+
+async def test_a_version_nobody_keeps_up_to_date_is_not_compared(
+    shared_url, fill, sell, monkeypatch
+):
+    monkeypatch.setattr(follower, "COMPARED", 3)
+    async with of(shared_url, sold_units()) as old:
+        await fill(old)
+    async with Runtime(item_model, settings=Settings(store=shared_url)) as shop:
+        (await shop.commands.dispatch(sell("A", 1))).unwrap()
+    async with of(shared_url, sold_units(2)) as new:
+        (await new.catch_up()).unwrap()
+        assert await new.compare_versions("sold_units") is None
+        assert new.health().projections[0].compared is None
+
+
 async def test_versions_are_compared_row_by_row(store_url, register, fill):
     newer = sold_units(2, specification=attr("units") < 9)
     async with of(store_url, sold_units(), newer) as shop:
@@ -442,7 +481,9 @@ async def test_a_rebuild_ends_though_the_view_is_written_without_a_break(shared_
         sellers = [asyncio.ensure_future(sells(sku)) for sku in SKUS]
         try:
             for each in (shop, other):
-                assert await asyncio.wait_for(each.rebuild("sold_units"), 20) == (4, 0, 0, 0)
+                assert await asyncio.wait_for(each.rebuild("sold_units"), 20) == Comparison(
+                    4, 0, 0, 0
+                )
         finally:
             is_over = True
             await asyncio.gather(*sellers)
@@ -509,7 +550,9 @@ async def test_a_cancelled_rebuild_goes_on_where_it_was(store_url, fill, monkeyp
         assert await units(shop) == 99
         told = []
         begun = monotonic()
-        assert await shop.rebuild("sold_units", lambda at, _: told.append(at)) == (3, 1, 0, 0)
+        assert await shop.rebuild("sold_units", lambda at, _: told.append(at)) == Comparison(
+            3, 1, 0, 0
+        )
         assert told[0] > position
         assert monotonic() - begun < 2  # the lease was given back
         assert await units(shop) == 6
@@ -540,7 +583,9 @@ async def test_a_killed_rebuild_goes_on_where_it_was(shared_url, start, register
         child.ends()
         damage(shop, item_stock, {key("A"): None})
         told = []
-        assert await shop.rebuild("item_stock", lambda at, _: told.append(at)) == (0, 0, 1, 0)
+        assert await shop.rebuild("item_stock", lambda at, _: told.append(at)) == Comparison(
+            0, 0, 1, 0
+        )
         assert told[0] > 10
         row = (await shop.queries.dispatch(GetItem(sku="A"))).unwrap()
         assert row.units_sold == 50
@@ -554,7 +599,9 @@ async def test_a_rebuild_that_other_code_began_begins_anew(store_url, fill, monk
         mended = sold_units(factor=10)
         async with beside(old, mended) as new:
             told = []
-            assert await new.rebuild("sold_units", lambda at, _: told.append(at)) == (0, 4, 0, 0)
+            assert await new.rebuild("sold_units", lambda at, _: told.append(at)) == Comparison(
+                0, 4, 0, 0
+            )
             assert told[0] == 2
             assert {row.units for row in rows(new, mended).values()} == {60, 80, 100, 120}
 
@@ -575,7 +622,7 @@ async def test_a_rebuild_that_another_process_is_at_is_refused_if_it_lasts(
             with pytest.raises(ViewBusyError):
                 await other.rebuild("sold_units")
         views.release("another")
-        assert await shop.rebuild("sold_units") == (4, 0, 0, 0)
+        assert await shop.rebuild("sold_units") == Comparison(4, 0, 0, 0)
 
 
 async def test_a_rebuild_waits_for_the_one_that_is_under_way(store_url, fill, monkeypatch):
@@ -585,7 +632,7 @@ async def test_a_rebuild_waits_for_the_one_that_is_under_way(store_url, fill, mo
         await fill(shop)
         damage(shop, view, {key("A"): Sold("A", 99)})
         answers = await asyncio.gather(*(shop.rebuild("sold_units") for _ in range(2)))
-    assert sorted(answers) == [(3, 1, 0, 0), (4, 0, 0, 0)]
+    assert set(answers) == {Comparison(3, 1, 0, 0), Comparison(4, 0, 0, 0)}
 
 
 async def test_an_event_that_cannot_be_folded_halts_a_rebuild_and_leaves_the_view_alone(
@@ -729,5 +776,7 @@ async def test_a_rebuild_says_that_the_database_is_away_and_goes_on_later(
             await shop.rebuild("sold_units", told)
         proxy.refuses = False
         again = []
-        assert await shop.rebuild("sold_units", lambda at, _: again.append(at)) == (4, 0, 0, 0)
+        assert await shop.rebuild("sold_units", lambda at, _: again.append(at)) == Comparison(
+            4, 0, 0, 0
+        )
         assert again[0] > positions[-1] >= 4
