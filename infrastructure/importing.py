@@ -23,16 +23,19 @@ from leftfold.domain import Err, LeftfoldError, Metadata, Result
 from leftfold.domain.items import ItemAlreadyRegistered, ItemError
 from leftfold.infrastructure.errors import InfrastructureError
 from leftfold.infrastructure.platform import SystemPlatform
-from leftfold.infrastructure.retail import Survey, invoice_of, read_runs, survey
+from leftfold.infrastructure.retail import Row, Survey, invoice_of, read_runs, survey
 from leftfold.infrastructure.runtime import Runtime
 
 BATCH_ROWS = 8_000
 """Rows after which a transaction is full; an invoice is never split."""
+BREATH_ROWS, PAUSE = 500, 0.0005
+"""Rows that are read in one go, and seconds for which others go on then."""
 CATCH_UP_TIMEOUT = 600.0
 """Seconds that the view may need for what is left after the last invoice."""
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Told what is being done, and how many rows of how many are done."""
+Runs: TypeAlias = Iterator[tuple[int, str, list[Row]]]
 Identified: TypeAlias = tuple[UUID, ItemCommand | RecordInvoice]
 Answers: TypeAlias = Result[tuple[Receipt, ...], ItemError | DispatchError]
 
@@ -155,15 +158,32 @@ class _Import:
                         self._stop(found, answer.error)
 
     async def _record(self, found: Survey) -> None:
-        batches = self._batches()
-        batch = await self._platform.in_thread(_next, batches)
-        while batch is not None:
+        runs = read_runs(self._path.name, self._text)
+        batch = await self._read(runs)
+        while batch.commands:
             dispatched = self._platform.spawn(self._record_batch(found, batch))
-            # Reading goes on while the database commits.
-            batch_after = await self._platform.in_thread(_next, batches)
+            batch_after = await self._read(runs)
             await dispatched
             batch = batch_after
             self._progress("importing", self._rows, found.rows)
+
+    async def _read(self, runs: Runs) -> _Batch:
+        """Read the next batch, in the pauses of the one before: while the database commits that.
+
+        In a thread it would compete with the handlers, and hold up what commits.
+        """
+        batch = _Batch()
+        pause_at = 0
+        for number, invoice, rows in runs:
+            if rows:
+                command = invoice_of(invoice, rows)
+                batch.add(uuid5(self._namespace, str(number)), command, rows[0].line, rows[-1].line)
+            if batch.rows >= BATCH_ROWS:
+                break
+            if batch.rows >= pause_at:
+                await self._platform.sleep(PAUSE)
+                pause_at = batch.rows + BREATH_ROWS
+        return batch
 
     async def _record_batch(self, found: Survey, batch: _Batch) -> None:
         answers = await self._dispatch_all(batch.commands)
@@ -184,18 +204,6 @@ class _Import:
         return await self._runtime.commands.dispatch_all(
             [c for _, c in batch], command_ids=ids, metadata=self._metadata
         )
-
-    def _batches(self) -> Iterator[_Batch]:
-        batch = _Batch()
-        for number, invoice, rows in read_runs(self._path.name, self._text):
-            if rows:
-                command = invoice_of(invoice, rows)
-                batch.add(uuid5(self._namespace, str(number)), command, rows[0].line, rows[-1].line)
-            if batch.rows >= BATCH_ROWS:
-                yield batch
-                batch = _Batch()
-        if batch.commands:
-            yield batch
 
     def _stop(self, found: Survey, error: Exception) -> None:
         raise ImportStoppedError(self._rows, found.rows, str(error))
@@ -230,10 +238,6 @@ class _Import:
             odd_rows=tuple(found.odd),
             refused=tuple(self._refused),
         )
-
-
-def _next(batches: Iterator[_Batch]) -> _Batch | None:
-    return next(batches, None)
 
 
 class _Batch:

@@ -18,7 +18,7 @@ from functools import lru_cache
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
-from typing import IO, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from leftfold.application.items import RecordInvoice
 from leftfold.domain import Personal
@@ -42,6 +42,8 @@ WHOLE = re.compile(r"[+-]?[0-9]{1,100}")
 NUMBER = re.compile(r"[+-]?[0-9]{1,100}(\.[0-9]{0,100})?([eE][+-]?[0-9]{1,3})?")
 MOMENT = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}")
 
+PIECE = 1 << 18
+"""Bytes that are read at once."""
 LONGEST_SHOWN = 40
 """Characters of a faulty field that are shown."""
 
@@ -102,7 +104,7 @@ class Survey:
     """Whom its movements are about."""
 
 
-def survey(path: Path, copy: IO[bytes] | None = None) -> Survey:
+def survey(path: Path, copy: io.BufferedIOBase | None = None) -> Survey:
     """Read the file: count its rows, and find each item's name, price and opening stock.
 
     The file's text goes to `copy` too, for `read_runs`: so what was surveyed is what is read,
@@ -136,14 +138,14 @@ def survey(path: Path, copy: IO[bytes] | None = None) -> Survey:
     return found
 
 
-def read_runs(name: str, text: IO[bytes]) -> Iterator[tuple[int, str, list[Row]]]:
+def read_runs(name: str, text: io.BufferedIOBase) -> Iterator[tuple[int, str, list[Row]]]:
     """Yield each run of consecutive rows of one invoice: its number from 0, the invoice, the rows.
 
     Rows that are no movement of a product are left out; a run may be left without any.
     `text` is the copy of a survey. Raises `DamagedFileError`.
     """
     text.seek(0)
-    runs = groupby(_parse(name, _as_text(text)), key=attrgetter("invoice"))
+    runs = groupby(_parse(name, _as_text(_Source(text))), key=attrgetter("invoice"))
     for number, (invoice, rows) in enumerate(runs):
         yield number, invoice, [row for row in rows if row.kind not in {"skipped", "odd"}]
 
@@ -176,12 +178,12 @@ def invoice_of(invoice: str, rows: Sequence[Row]) -> RecordInvoice:
 
 
 def read_rows(
-    path: Path, digest: hashlib._Hash | None = None, copy: IO[bytes] | None = None
+    path: Path, digest: hashlib._Hash | None = None, copy: io.BufferedIOBase | None = None
 ) -> Iterator[Row]:
     """Yield a file's rows; give what is read to a digest and a copy. Raises `DamagedFileError`."""
     try:
         with _unpack(path) as packed:
-            yield from _parse(path.name, _as_text(_Tee(packed, digest, copy)))
+            yield from _parse(path.name, _as_text(_Source(packed, digest, copy)))
     except (UnicodeDecodeError, _NulError) as error:
         with _unpack(path) as packed:
             raise DamagedFileError(path.name, *_find_fault(packed)) from error
@@ -202,29 +204,36 @@ def _parse(name: str, text: io.TextIOWrapper) -> Iterator[Row]:
         raise DamagedFileError(name, line + 1, str(error) or type(error).__name__) from None
 
 
-def _unpack(path: Path) -> IO[bytes]:
+def _unpack(path: Path) -> io.BufferedIOBase:
     match path.suffix.lower():
         case ".xz":
             return lzma.open(path)
         case ".gz":
-            return gzip.open(path)  # type: ignore[return-value]  # see above
+            return gzip.open(path)
         case _:
             return path.open("rb")
 
 
-def _as_text(binary: io.BufferedIOBase | IO[bytes]) -> io.TextIOWrapper:
-    return io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")  # type: ignore[arg-type]  # a reader is all it needs
+def _as_text(source: _Source) -> io.TextIOWrapper:
+    return io.TextIOWrapper(source, encoding="utf-8-sig", newline="")  # type: ignore[arg-type]  # a reader is all it needs
 
 
 class _NulError(ValueError):
     """The file holds a NUL character, which databases cannot keep in a text."""
 
 
-class _Tee(io.BufferedIOBase):
-    """Passes bytes on, and gives them to a digest and a copy."""
+class _Source(io.BufferedIOBase):
+    """Passes bytes on in large pieces, and gives them to a digest and a copy.
+
+    Each read gives up the interpreter's lock for a moment, which is too short for a thread that
+    waits for it, and makes that wait anew.
+    """
 
     def __init__(
-        self, source: IO[bytes], digest: hashlib._Hash | None, copy: IO[bytes] | None
+        self,
+        source: io.BufferedIOBase,
+        digest: hashlib._Hash | None = None,
+        copy: io.BufferedIOBase | None = None,
     ) -> None:
         self._source = source
         self._digest = digest
@@ -234,7 +243,13 @@ class _Tee(io.BufferedIOBase):
         return True
 
     def read(self, size: int | None = -1, /) -> bytes:
-        data = self._source.read(-1 if size is None else size)
+        return self._passed_on(self._source.read(-1 if size is None else size))
+
+    def read1(self, size: int = -1, /) -> bytes:
+        # In one step: of a damaged archive all is told that comes before the damage.
+        return self._passed_on(self._source.read1(max(size, PIECE)))
+
+    def _passed_on(self, data: bytes) -> bytes:
         if b"\0" in data:
             raise _NulError
         if self._digest is not None:
@@ -242,9 +257,6 @@ class _Tee(io.BufferedIOBase):
         if self._copy is not None:
             self._copy.write(data)
         return data
-
-    def read1(self, size: int = -1, /) -> bytes:
-        return self.read(size)
 
 
 def _row(name: str, line: int, fields: list[str]) -> Row:
@@ -335,7 +347,7 @@ def _oddity(row: Row) -> str:
     return f"invoice {row.invoice}: quantity {row.quantity} at price {row.price} has no known shape"
 
 
-def _find_fault(binary: IO[bytes]) -> tuple[int, str]:
+def _find_fault(binary: io.BufferedIOBase) -> tuple[int, str]:
     number = 1
     for number, data in enumerate(binary, 1):
         if b"\0" in data:

@@ -30,6 +30,8 @@ def _storable(text: str) -> str:
 
 
 def _as_utc(moment: datetime) -> datetime:
+    if moment.tzinfo is UTC:
+        return moment
     try:
         return moment.astimezone(UTC)
     except OverflowError:
@@ -39,7 +41,12 @@ def _as_utc(moment: datetime) -> datetime:
 
 Moment = Annotated[AwareDatetime, AfterValidator(_as_utc)]
 Text = Annotated[str, AfterValidator(_storable)]
-Sku = Annotated[Text, StringConstraints(min_length=1, max_length=MAX_SKU_LENGTH)]
+Sku = Annotated[
+    # Its length first: after a function of ours it would be checked by one of pydantic's.
+    str,
+    StringConstraints(min_length=1, max_length=MAX_SKU_LENGTH),
+    AfterValidator(_storable),
+]
 Quantity = Annotated[int, Field(gt=0, le=MAX_QUANTITY, strict=True)]
 StockLevel = Annotated[int, Field(ge=0, le=MAX_STOCK, strict=True)]
 Price = Annotated[Decimal, Field(ge=0, le=MAX_PRICE, decimal_places=MAX_PRICE_DECIMALS)]

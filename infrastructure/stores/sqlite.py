@@ -69,9 +69,11 @@ from leftfold.infrastructure.stores.sqlite_views import SQLiteViews
 
 ATTEMPTS_AT_WAL = 100  # others that open the same new file may come between
 # VALUES as a table: an IN of pairs would read the whole index.
-LAST_VERSIONS = (
-    "WITH given (id, version) AS (VALUES {}) SELECT (SELECT max(originator_version) "
-    "FROM stored_events WHERE originator_id = id AND originator_version >= version) FROM given"
+OUTDATED = (
+    # Only what is: to fetch a row is to wait for the interpreter's lock.
+    "WITH given (id, version) AS (VALUES {}) SELECT id, version FROM given "
+    "WHERE version <> coalesce((SELECT max(originator_version) FROM stored_events "
+    "WHERE originator_id = id AND originator_version >= version), 0)"
 )
 KNOWN_COMMANDS = "SELECT command_id FROM leftfold_commands WHERE command_id IN ({})"
 ADDED = {"reads": "TEXT NOT NULL DEFAULT ''", "built": "INTEGER NOT NULL DEFAULT 1"}
@@ -353,9 +355,9 @@ def _judge(connection: sqlite3.Connection, run: Run) -> list[Verdict | None]:
     bases = [(i.to_bytes(16), v) for versions in run.bases for i, v in versions.items()]
     stale: set[tuple[bytes, int]] = set()
     for chunk in chunks(bases):
-        query = LAST_VERSIONS.format(",".join(["(?,?)"] * len(chunk)))
+        query = OUTDATED.format(",".join(["(?,?)"] * len(chunk)))
         found = connection.execute(query, list(chain.from_iterable(chunk))).fetchall()
-        stale.update(b for b, (last,) in zip(chunk, found, strict=True) if b[1] != (last or 0))
+        stale.update((aggregate_id, version) for aggregate_id, version in found)
     known: set[bytes] = set()
     for ids in chunks([save.command_id.bytes for group in run.groups for save in group.saves]):
         found = connection.execute(KNOWN_COMMANDS.format(marks(len(ids))), ids).fetchall()

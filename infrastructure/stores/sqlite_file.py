@@ -22,7 +22,8 @@ from eventsourcing.sqlite import SQLiteConnection, SQLiteDatastore
 
 T = TypeVar("T")
 
-AT_ONCE = 512  # values or rows in one statement
+AT_ONCE = 1_024  # values or rows in one statement
+VARIABLES = 32_766  # in one statement, at most
 IDLE_READERS = 8
 BULK = 500  # rows from which a transaction is large
 CHECKPOINT, BULK_CHECKPOINT = 1_000, 8_000  # pages in the write-ahead log before it is moved
@@ -181,7 +182,10 @@ def insert_rows(
     The driver gives up the interpreter's lock at every step of a statement. One row a step
     makes it wait for the lock after each, while other threads compute.
     """
-    for chunk in chunks(rows):
+    at_once = AT_ONCE
+    while rows and at_once * len(rows[0]) > VARIABLES:
+        at_once //= 2
+    for chunk in chunks(rows, at_once):
         statement = _insert_statement(insert, len(rows[0]), len(chunk), conflict)
         connection.execute(statement, list(chain.from_iterable(chunk)))
 
@@ -202,12 +206,12 @@ def as_stored(stored: bytes) -> UUID:
     return UUID(bytes=stored)
 
 
-def chunks(values: Sequence[T]) -> Iterator[Sequence[T]]:
-    """Part values by halves: 512, 256, …, 1, so that statements are few.
+def chunks(values: Sequence[T], at_once: int = AT_ONCE) -> Iterator[Sequence[T]]:
+    """Part values by halves: 1024, 512, …, 1, so that statements are few.
 
     A connection remembers the statements that it has compiled.
     """
-    begin, at_once = 0, AT_ONCE
+    begin = 0
     while begin < len(values):
         while at_once > len(values) - begin:
             at_once //= 2
