@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any, NamedTuple, Protocol
 from uuid import UUID
@@ -100,3 +100,11 @@ class Comparison:
     """Only this one has them."""
     removed: int
     """Only the other has them."""
+
+    @property
+    def is_same(self) -> bool:
+        """There is no difference."""
+        return not (self.changed or self.added or self.removed)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{number} {name}" for name, number in asdict(self).items())

@@ -237,6 +237,7 @@ class Follower:
         self._hint = asyncio.Event()
         self._look_hint = asyncio.Event()
         self._retrying = asyncio.Lock()  # one at a time: others need the threads
+        self._comparing = asyncio.Lock()  # likewise
         self._is_stopping = False
         self._pages_under_way: set[asyncio.Future[None]] = set()
         for reader in readers:
@@ -430,7 +431,7 @@ class Follower:
         None if there is no other, if their columns differ, or if they are never equally far.
         """
         projection = reader.reader
-        if not isinstance(projection, Projection):
+        if not isinstance(projection, Projection) or self._is_stopping:
             return None
         other: Projection[Any] | None = await ask(self._views.before, projection)
         if other is None:
@@ -443,18 +444,21 @@ class Follower:
             if compared is not None or self._is_stopping:
                 return compared
             await self._platform.sleep(SOON)
+        _log.warning("%s and %s were never equally far", projection.table, other.table)
         return None
 
     async def _compare_built(self, reader: Followed) -> None:
         """Tell how a view that takes over from the version before it differs from that."""
         try:
-            compared = await self.compare(reader, self._platform.in_thread)
+            async with self._comparing:
+                compared = await self.compare(reader, self._platform.in_thread)
         except (PersistenceError, NotRunningError) as error:
             _log.warning("%s is not compared: %s", reader.full_name, described(error))
             return
         if compared is not None:
             reader.compared = compared
-            _log.info("%s is built; beside the version before: %s", reader.full_name, compared)
+            level = logging.INFO if compared.is_same else logging.WARNING
+            _log.log(level, "%s beside the version before: %s", reader.full_name, compared)
 
     # Pages ------------------------------------------------------------------------------------
 
@@ -513,6 +517,7 @@ class Follower:
         """Take in a page, and those that follow on it; see to what goes wrong."""
         ahead: Prepared | None = None
         is_begun = False
+        unbuilt = [reader for reader in group if not reader.checkpoint.is_built]
         try:
             while not self._is_stopping and (ahead is not None or not is_begun):
                 is_begun = True
@@ -523,12 +528,14 @@ class Follower:
                 reader.is_busy = False
                 reader.note(now)
             self._hint.set()
+            for reader in unbuilt:
+                if reader.checkpoint.is_built:
+                    self._platform.spawn(self._compare_built(reader))
 
     async def _one_page(self, group: Sequence[Followed], begun: Prepared | None) -> Prepared | None:
         """Take in one page; return the next, if it was folded while this one was written."""
         began = self._platform.monotonic()
         limit = min(reader.limit for reader in group)
-        shown = [reader for reader in group if reader.checkpoint.is_built]
         ahead: Prepared | None = None
         try:
             outcome, ahead = await self._turn(group, limit, begun)
@@ -538,8 +545,6 @@ class Follower:
             return None
         seconds = self._platform.monotonic() - began
         for reader in group:
-            if reader.checkpoint.is_built and reader not in shown:
-                self._start(self._compare_built(reader))
             work = reader.work
             failure = outcome.failed.get(work) if isinstance(work, Fold) else None
             if failure is not None and not outcome.is_lost:

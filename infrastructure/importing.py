@@ -28,8 +28,8 @@ from leftfold.infrastructure.runtime import Runtime
 
 BATCH_ROWS = 8_000
 """Rows after which a transaction is full; an invoice is never split."""
-BREATH_ROWS, PAUSE = 500, 0.0005
-"""Rows that are read in one go, and seconds for which others go on then."""
+BREATH, PAUSE = 0.004, 0.0005
+"""Seconds in which whole runs are read in one go, and for which others go on then."""
 CATCH_UP_TIMEOUT = 600.0
 """Seconds that the view may need for what is left after the last invoice."""
 
@@ -173,16 +173,16 @@ class _Import:
         In a thread it would compete with the handlers, and hold up what commits.
         """
         batch = _Batch()
-        pause_at = 0
+        pause_at = 0.0
         for number, invoice, rows in runs:
             if rows:
                 command = invoice_of(invoice, rows)
                 batch.add(uuid5(self._namespace, str(number)), command, rows[0].line, rows[-1].line)
             if batch.rows >= BATCH_ROWS:
                 break
-            if batch.rows >= pause_at:
+            if self._platform.monotonic() >= pause_at:
                 await self._platform.sleep(PAUSE)
-                pause_at = batch.rows + BREATH_ROWS
+                pause_at = self._platform.monotonic() + BREATH
         return batch
 
     async def _record_batch(self, found: Survey, batch: _Batch) -> None:

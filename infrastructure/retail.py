@@ -246,7 +246,7 @@ class _Source(io.BufferedIOBase):
         return self._passed_on(self._source.read(-1 if size is None else size))
 
     def read1(self, size: int = -1, /) -> bytes:
-        # In one step: of a damaged archive all is told that comes before the damage.
+        # In one step: of an archive that ends too early all is read that comes before.
         return self._passed_on(self._source.read1(max(size, PIECE)))
 
     def _passed_on(self, data: bytes) -> bytes:

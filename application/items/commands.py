@@ -30,8 +30,6 @@ def _storable(text: str) -> str:
 
 
 def _as_utc(moment: datetime) -> datetime:
-    if moment.tzinfo is UTC:
-        return moment
     try:
         return moment.astimezone(UTC)
     except OverflowError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import astuple
 from itertools import islice, takewhile
 from typing import Any, TypeVar
 from uuid import UUID
@@ -293,8 +294,8 @@ class MemoryViews:
         with self._log.locked():
             earlier = (v for v in self.versions(projection.name) if 0 < v < projection.version)
             other = self._projections.get((projection.name, max(earlier, default=0)))
-        is_alike = other is not None and columns_of(other) == columns_of(projection)
-        return other if is_alike else None
+        columns = describe(columns_of(projection))
+        return other if other is not None and describe(columns_of(other)) == columns else None
 
     def compare(self, projection: Projection[Any], other: Projection[Any]) -> Comparison | None:
         with self._log.locked():
@@ -304,7 +305,8 @@ class MemoryViews:
             mine, theirs = self._rows.get(projection.table, {}), self._rows.get(other.table, {})
             shared = mine.keys() & theirs.keys()
             same = sum(
-                mine[key] == theirs[key] and projection.shows(mine[key]) == other.shows(theirs[key])
+                astuple(mine[key]) == astuple(theirs[key])
+                and projection.shows(mine[key]) == other.shows(theirs[key])
                 for key in shared
             )
             removed = len(theirs) - len(shared)

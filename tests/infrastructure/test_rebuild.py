@@ -7,7 +7,7 @@ import sqlite3
 from contextlib import closing
 from dataclasses import dataclass, replace
 from threading import Event as Gate
-from time import monotonic
+from time import monotonic, sleep
 
 import psycopg
 import pytest
@@ -60,9 +60,19 @@ class SoldAndNamed:
     name: str
 
 
-def sold_units(version=1, *, factor=1, fails_on=(), waits=None, told=None, row=Sold, **options):
+def sold_units(
+    version=1,
+    *,
+    name="sold_units",
+    factor=1,
+    fails_on=(),
+    waits=None,
+    told=None,
+    row=Sold,
+    **options,
+):
     """A view of the units sold of each item, times something."""
-    units = Projection("sold_units", version=version, row=row, **options)
+    units = Projection(name, version=version, row=row, **options)
     named = row is SoldAndNamed
 
     @units.on(ItemRegistered)
@@ -288,14 +298,22 @@ async def test_of_two_versions_that_are_built_together_people_find_the_newer(
 # Comparing and dropping versions ---------------------------------------------------------------
 
 
-async def compared(shop, name="sold_units"):
-    """Wait until a runtime tells how a view differed from the version before it."""
+async def until(is_so):
     async with asyncio.timeout(10):
         while True:
-            (view,) = [each for each in shop.health().projections if each.name == name]
-            if view.compared is not None:
-                return view.compared
+            if is_so():
+                return
             await asyncio.sleep(0.01)
+
+
+async def compared(shop, name="sold_units"):
+    """Wait until a runtime tells how a view differed from the version before it."""
+    await until(lambda: compared_views(shop)[name] is not None)
+    return compared_views(shop)[name]
+
+
+def compared_views(shop):
+    return {each.name: each.compared for each in shop.health().projections}
 
 
 async def test_a_new_version_tells_how_it_differs_from_the_old_one_when_it_takes_over(
@@ -308,12 +326,43 @@ async def test_a_new_version_tells_how_it_differs_from_the_old_one_when_it_takes
             (await new.catch_up()).unwrap()
             assert await compared(new) == Comparison(2, 2, 0, 0)
             assert await new.compare_versions("sold_units") == Comparison(2, 2, 0, 0)
-            assert old.health().projections[0].compared is None
+            assert compared_views(old)["sold_units"] is None
             assert '"changed": 2' in dump_health(new.health())
 
 
+async def test_a_new_version_that_put_its_last_event_aside_is_compared_too(store_url, fill, sell):
+    newer = sold_units(2, fails_on={77}, on_poison="park")
+    async with of(store_url, sold_units()) as old:
+        await fill(old)
+        (await old.commands.dispatch(sell("A", 77))).unwrap()
+        async with beside(old, newer) as new:
+            assert await compared(new) == Comparison(3, 1, 0, 0)
+
+
+async def test_versions_are_compared_one_after_the_other(store_url, fill, monkeypatch):
+    names = ["one", "two", "three"]
+    views = [[sold_units(version, name=name) for name in names] for version in (1, 2)]
+    at_once = []
+    async with of(store_url, *views[0]) as old:
+        await fill(old)
+        new = beside(old, *views[1])
+        compare = type(old._store.views).compare
+
+        def slowly(self, *which):
+            at_once.append(at_once[-1] + 1 if at_once else 1)
+            sleep(0.1)
+            at_once.append(at_once[-1] - 1)
+            return compare(self, *which)
+
+        monkeypatch.setattr(type(old._store.views), "compare", slowly)
+        async with new:
+            for name in names:
+                assert await compared(new, name) == Comparison(4, 0, 0, 0)
+    assert max(at_once) == 1
+
+
 async def test_a_version_nobody_keeps_up_to_date_is_not_compared(
-    shared_url, fill, sell, monkeypatch
+    shared_url, fill, sell, monkeypatch, caplog
 ):
     monkeypatch.setattr(follower, "COMPARED", 3)
     async with of(shared_url, sold_units()) as old:
@@ -322,8 +371,9 @@ async def test_a_version_nobody_keeps_up_to_date_is_not_compared(
         (await shop.commands.dispatch(sell("A", 1))).unwrap()
     async with of(shared_url, sold_units(2)) as new:
         (await new.catch_up()).unwrap()
+        await until(lambda: "sold_units_v2 and sold_units_v1 were never equally far" in caplog.text)
         assert await new.compare_versions("sold_units") is None
-        assert new.health().projections[0].compared is None
+        assert compared_views(new)["sold_units"] is None
 
 
 async def test_versions_are_compared_row_by_row(store_url, register, fill):
