@@ -95,16 +95,18 @@ async def test_what_those_who_went_away_left_to_be_written_takes_room_too(shared
             return await genuine(groups)
 
         access._commit = commit
-        refused = 0
-        for number in range(50):
-            try:
-                async with asyncio.timeout(0.001):
-                    outcome = await shop.commands.dispatch(register(f"S{number}"))
-            except TimeoutError:
-                continue
-            refused += outcome == Err(Overloaded(5))
-        assert refused
-        assert shop._opened._execution.waiting() == 5
+        waiting = shop._opened._execution.waiting
+        for number in range(5):
+            caller = asyncio.ensure_future(shop.commands.dispatch(register(f"S{number}")))
+            async with asyncio.timeout(10):
+                while True:
+                    if waiting() > number:
+                        break
+                    await asyncio.sleep(0.001)
+            caller.cancel()
+            await asyncio.wait([caller])
+        assert await shop.commands.dispatch(register("S5")) == Err(Overloaded(5))
+        assert waiting() == 5
         may_commit.set()
         await asyncio.sleep(0.2)
         assert (await shop.commands.dispatch(register("B"))).is_ok()
