@@ -436,9 +436,6 @@ class Follower:
         other: Projection[Any] | None = await ask(self._views.before, projection)
         if other is None:
             return None
-        declared = self.readers.get(other.table)
-        if declared is not None and isinstance(declared.reader, Projection):
-            other = declared.reader
         for _ in range(COMPARED):
             compared: Comparison | None = await ask(self._views.compare, projection, other)
             if compared is not None or self._is_stopping:

@@ -20,6 +20,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from typing_extensions import Buffer
+
 from leftfold.application.items import RecordInvoice
 from leftfold.domain import Personal
 from leftfold.domain.items import MAX_PRICE, MAX_PRICE_DECIMALS, MAX_QUANTITY, MAX_STOCK
@@ -215,18 +217,18 @@ def _unpack(path: Path) -> io.BufferedIOBase:
 
 
 def _as_text(source: _Source) -> io.TextIOWrapper:
-    return io.TextIOWrapper(source, encoding="utf-8-sig", newline="")  # type: ignore[arg-type]  # a reader is all it needs
+    return io.TextIOWrapper(io.BufferedReader(source), encoding="utf-8-sig", newline="")
 
 
 class _NulError(ValueError):
     """The file holds a NUL character, which databases cannot keep in a text."""
 
 
-class _Source(io.BufferedIOBase):
-    """Passes bytes on in large pieces, and gives them to a digest and a copy.
+class _Source(io.RawIOBase):
+    """Reads bytes in large pieces, passes them on, and gives them to a digest and a copy.
 
-    Each read gives up the interpreter's lock for a moment, which is too short for a thread that
-    waits for it, and makes that wait anew.
+    Each read of a file gives up the interpreter's lock for a moment, which is too short for a
+    thread that waits for it, and makes that wait anew.
     """
 
     def __init__(
@@ -238,18 +240,22 @@ class _Source(io.BufferedIOBase):
         self._source = source
         self._digest = digest
         self._copy = copy
+        self._left = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
-    def read(self, size: int | None = -1, /) -> bytes:
-        return self._passed_on(self._source.read(-1 if size is None else size))
+    def readinto(self, buffer: Buffer, /) -> int:
+        if not self._left:
+            self._left = memoryview(self._read_piece())
+        wanted = memoryview(buffer)
+        piece, self._left = self._left[: len(wanted)], self._left[len(wanted) :]
+        wanted[: len(piece)] = piece
+        return len(piece)
 
-    def read1(self, size: int = -1, /) -> bytes:
+    def _read_piece(self) -> bytes:
         # In one step: of an archive that ends too early all is read that comes before.
-        return self._passed_on(self._source.read1(max(size, PIECE)))
-
-    def _passed_on(self, data: bytes) -> bytes:
+        data = self._source.read1(PIECE)
         if b"\0" in data:
             raise _NulError
         if self._digest is not None:

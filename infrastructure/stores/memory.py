@@ -283,6 +283,7 @@ class MemoryViews:
             for kept in (self._checkpoints, self._leases, self._letters, self._defined):
                 kept.pop(_id(reader), None)
             if isinstance(reader, Projection):
+                self._projections.pop(_id(reader), None)
                 self._rows.pop(reader.table, None)
                 self._shapes.pop(reader.table, None)
 

@@ -10,6 +10,7 @@ from uuid import uuid4
 
 import pytest
 from eventsourcing.persistence import JSONTranscoder
+from waiting import until
 
 from leftfold.application import EventMapper, InvalidModelError, Projection, ViewStopped
 from leftfold.application.items import GetItem, item_model, item_stock
@@ -67,14 +68,6 @@ async def rows(shop, view):
 async def sold(shop, sell, *quantities, sku="A"):
     for quantity in quantities:
         (await shop.commands.dispatch(sell(sku, quantity))).unwrap()
-
-
-async def until(is_so):
-    for _ in range(400):
-        if is_so():
-            return
-        await asyncio.sleep(0.02)
-    raise AssertionError("it took too long")
 
 
 def health(shop, name="sales"):

@@ -26,6 +26,7 @@ from leftfold.application.items import (
 )
 from leftfold.domain import Specification
 from leftfold.domain.items import Item
+from leftfold.infrastructure import importing
 from leftfold.infrastructure.importing import import_sales
 from leftfold.infrastructure.items import open_items
 from leftfold.infrastructure.retail import DamagedFileError, read_rows
@@ -150,6 +151,28 @@ def test_what_was_surveyed_is_imported_whatever_becomes_of_the_file(tmp_path, sh
     moved = summary.sales + summary.returns + summary.write_offs + summary.receipts
     assert (summary.rows, summary.on_hand >= 0, moved > 0) == (rows, True, True)
     assert shop.read_text() == "gone"
+
+
+def test_others_go_on_while_rows_are_read_that_are_no_movements(shop, monkeypatch):
+    monkeypatch.setattr(importing, "BREATH", 0.0)
+    turns = 0
+
+    async def others():
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def run():
+        async with open_items("memory:") as runtime:
+            beside = asyncio.ensure_future(others())
+            reading = importing._Import(runtime, shop, lambda *_: None)
+            batch = await reading._read((number, "POST", []) for number in range(500))
+            beside.cancel()
+            return batch
+
+    assert not asyncio.run(run()).commands
+    assert turns >= 500
 
 
 def test_an_invoice_that_the_shop_refuses_is_told_and_the_rest_goes_on(tmp_path):

@@ -6,6 +6,7 @@ import asyncio
 from uuid import uuid4
 
 import pytest
+from waiting import until
 
 from leftfold.application import Overloaded, described
 from leftfold.application.items import ItemHistory
@@ -98,11 +99,7 @@ async def test_what_those_who_went_away_left_to_be_written_takes_room_too(shared
         waiting = shop._opened._execution.waiting
         for number in range(5):
             caller = asyncio.ensure_future(shop.commands.dispatch(register(f"S{number}")))
-            async with asyncio.timeout(10):
-                while True:
-                    if waiting() > number:
-                        break
-                    await asyncio.sleep(0.001)
+            await until(lambda last=number: waiting() > last)
             caller.cancel()
             await asyncio.wait([caller])
         assert await shop.commands.dispatch(register("S5")) == Err(Overloaded(5))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import sqlite3
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from time import monotonic, sleep
 
 import psycopg
 import pytest
+from waiting import until
 
 from leftfold.application import (
     EventStoreUnavailable,
@@ -298,14 +300,6 @@ async def test_of_two_versions_that_are_built_together_people_find_the_newer(
 # Comparing and dropping versions ---------------------------------------------------------------
 
 
-async def until(is_so):
-    async with asyncio.timeout(10):
-        while True:
-            if is_so():
-                return
-            await asyncio.sleep(0.01)
-
-
 async def compared(shop, name="sold_units"):
     """Wait until a runtime tells how a view differed from the version before it."""
     await until(lambda: compared_views(shop)[name] is not None)
@@ -317,7 +311,7 @@ def compared_views(shop):
 
 
 async def test_a_new_version_tells_how_it_differs_from_the_old_one_when_it_takes_over(
-    store_url, fill
+    store_url, fill, caplog
 ):
     newer = sold_units(2, specification=attr("units") < 9)
     async with of(store_url, sold_units()) as old:
@@ -328,6 +322,8 @@ async def test_a_new_version_tells_how_it_differs_from_the_old_one_when_it_takes
             assert await new.compare_versions("sold_units") == Comparison(2, 2, 0, 0)
             assert compared_views(old)["sold_units"] is None
             assert '"changed": 2' in dump_health(new.health())
+    told = "sold_units_v2 beside the version before: 2 same, 2 changed, 0 added, 0 removed"
+    assert ("leftfold.follower", logging.WARNING, told) in caplog.record_tuples
 
 
 async def test_a_new_version_that_put_its_last_event_aside_is_compared_too(store_url, fill, sell):

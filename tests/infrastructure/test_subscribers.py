@@ -14,6 +14,7 @@ from threading import current_thread, main_thread
 from uuid import uuid4
 
 import pytest
+from waiting import until
 
 from leftfold.application import Command, EventStoreUnavailable, Projection, Service, Subscriber
 from leftfold.application.items import item_model, item_stock
@@ -67,13 +68,6 @@ async def opened(url, *subscribers, projections=item_model.projections, **option
 async def sold(shop, sell, *quantities, sku="A"):
     for quantity in quantities:
         (await shop.commands.dispatch(sell(sku, quantity))).unwrap()
-
-
-async def until(condition, seconds=10):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it took too long"
-        await asyncio.sleep(0.005)
 
 
 def health(shop, name="tells"):

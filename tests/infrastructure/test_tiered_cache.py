@@ -17,6 +17,7 @@ from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 from redis.asyncio.retry import Retry
 from redis.backoff import ConstantBackoff
+from waiting import until
 
 from leftfold.infrastructure.caches import InMemoryCache, RedisCache, TieredCache, tiered
 from leftfold.infrastructure.caches import redis as redis_tier
@@ -34,14 +35,6 @@ async def opened(*urls):
             )
             for url in urls
         ]
-
-
-async def until(condition, seconds=10.0):
-    begun = monotonic()
-    while not condition():
-        assert monotonic() - begun < seconds
-        await asyncio.sleep(0.005)
-    return monotonic() - begun
 
 
 def source(value):

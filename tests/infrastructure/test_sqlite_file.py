@@ -1,0 +1,25 @@
+"""Statements of many rows on SQLite."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+
+import pytest
+
+from leftfold.infrastructure.stores.sqlite_file import VARIABLES, insert_rows
+
+
+@pytest.mark.parametrize("columns", [1, 31, 32, 40, 2_000])
+def test_rows_are_inserted_however_many_columns_they_have(columns):
+    rows = [[n] * columns for n in range(1_100)]
+    with closing(sqlite3.connect(":memory:")) as connection:
+        # What SQLite allows by itself; some systems' builds allow more.
+        connection.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, VARIABLES)
+        named = ",".join(f"c{n}" for n in range(columns))
+        connection.execute(f"CREATE TABLE wide ({named})")
+        insert_rows(connection, "INSERT INTO wide VALUES ", "", rows)
+        assert connection.execute("SELECT count(*), sum(c0) FROM wide").fetchone() == (
+            1_100,
+            sum(range(1_100)),
+        )
