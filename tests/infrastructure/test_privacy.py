@@ -191,11 +191,11 @@ model = Model(
     (Guest,), (Guests,), (guests,), (GuestQueries,), snapshots={Guest: SnapshotPolicy(every=2)}
 )
 SUBJECT = str(Guest.id_of("a"))
-QUICK = 0.4  # seconds
+QUICK = 0.4  # seconds: whoever waits for it is marked as timed
 
 
 def opened(url, **settings):
-    return Runtime(model, settings=Settings(store=url, forget_within=QUICK, **settings))
+    return Runtime(model, settings=Settings(store=url, **settings))
 
 
 async def fill(runtime):
@@ -306,8 +306,12 @@ async def test_it_stays_erased_for_who_opens_the_store_later(shared_url):
         assert told[0]["name"] == ERASED
 
 
+@pytest.mark.timed
 async def test_another_process_shows_it_no_more_within_the_stated_time(shared_url):
-    async with opened(shared_url) as one, opened(shared_url) as other:
+    async with (
+        opened(shared_url, forget_within=QUICK) as one,
+        opened(shared_url, forget_within=QUICK) as other,
+    ):
         receipt = await fill(one)
         row = await asked(other, GuestByKey(key="a"), receipt)
         assert row.name.reveal() == "Ada Lovelace"
@@ -318,8 +322,9 @@ async def test_another_process_shows_it_no_more_within_the_stated_time(shared_ur
         assert await other.commands.dispatch(Greet(key="a")) == Err(PersonalDataErased())
 
 
+@pytest.mark.timed
 async def test_nothing_is_shown_while_the_keys_cannot_be_asked(sqlite_url, monkeypatch):
-    async with opened(sqlite_url) as runtime:
+    async with opened(sqlite_url, forget_within=QUICK) as runtime:
         receipt = await fill(runtime)
         row = await asked(runtime, GuestByKey(key="a"), receipt)
 
@@ -346,6 +351,7 @@ async def test_a_repeated_command_answers_the_sealed_value_again(runtime):
 ASKED = [(NameOf, str), (HistoryOf, list[object]), (GuestByKey, GuestRow)]
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize(("query_type", "kind"), ASKED)
 async def test_a_cache_shows_a_forgotten_subject_no_more(store_url, query_type, kind):
     query = query_type(key="a")
@@ -626,8 +632,9 @@ async def test_keys_that_are_away_are_asked_for_once_a_load(sqlite_url, monkeypa
         assert len(asked) == 1
 
 
+@pytest.mark.timed
 async def test_what_cannot_be_sealed_or_opened_in_time_is_answered(sqlite_url, monkeypatch):
-    async with opened(sqlite_url) as runtime:
+    async with opened(sqlite_url, forget_within=QUICK) as runtime:
         await fill(runtime)
         monkeypatch.setattr(runtime._keyring._store, "forgotten", away)
         await asyncio.sleep(2 * QUICK)
@@ -639,6 +646,7 @@ async def test_what_cannot_be_sealed_or_opened_in_time_is_answered(sqlite_url, m
         assert (await runtime.commands.dispatch(Visit(key="b", with_whom=()))).is_ok()
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("reveals", [False, True])
 async def test_views_wait_while_the_keys_are_away(sqlite_url, monkeypatch, reveals):
     def joined(row, event):
@@ -680,8 +688,9 @@ async def test_a_subject_that_is_forgotten_again_and_again_ends_the_command(monk
         assert isinstance(outcome.error, KeysUnavailable)
 
 
+@pytest.mark.timed
 async def test_a_runtime_that_is_opened_again_trusts_its_keys_at_once(sqlite_url):
-    runtime = opened(sqlite_url)
+    runtime = opened(sqlite_url, forget_within=QUICK)
     async with runtime:
         await fill(runtime)
     await asyncio.sleep(2 * QUICK)
@@ -1070,6 +1079,7 @@ def backends_of(url):
         return [pid for (pid,) in rows]
 
 
+@pytest.mark.timed
 async def test_another_process_erases_what_this_one_holds(shared_url, start):
     forgets = """
         from leftfold.infrastructure.items import open_items
