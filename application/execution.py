@@ -369,10 +369,8 @@ class Execution:
             await self._confirm(unit, parts, known)
             return Err(refusal)
         unit.seal()
-        saved = {event.originator_id for each in staged for event in each.events}
-        looked_at = unit.based_on(saved) if len(unit.hands) > len(saved) else {}
         unit.believed = Believed.BEHIND  # also if nobody waits for the verdict any more
-        verdict = await self._writer.write(Group(saves, tuple(looked_at.items())))
+        verdict = await self._writer.write(Group(saves, unit.looked_at()))
         match verdict:
             case Committed(positions):
                 unit.believed = Believed.AFTER

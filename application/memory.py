@@ -28,6 +28,7 @@ class Hand:
         "aggregate",
         "is_current",
         "is_loaded",
+        "is_saved",
         "is_taken",
         "version",
     )
@@ -48,6 +49,8 @@ class Hand:
         """The store was asked for it, so that it is not older than the dispatch."""
         self.is_taken = is_taken
         """Others wait for it; if not, the dispatch has made it and nobody knows of it."""
+        self.is_saved = False
+        """Events of it are to be written, on the condition that the store's is as it was taken."""
         self.version = 0
         self._sealed_version = 0
         self._state: dict[str, object] = {}

@@ -110,13 +110,16 @@ class Unit:
         if self.sealed:
             raise DispatchOverError
         for aggregate in aggregates:
-            self.events += aggregate.collect_events()
+            recorded = aggregate.collect_events()
             aggregate_id = aggregate._id
             self.versions[aggregate_id] = aggregate._version
             hand = self.hands.get(aggregate_id)
             if hand is None:
                 self.hands[aggregate_id] = hand = Hand(None, is_taken=False)
             hand.aggregate = aggregate
+            if recorded:
+                self.events += recorded
+                hand.is_saved = True
         return Receipt(self.command_id, tuple(self.versions.items()), 0)
 
     def begin_command(self, command_id: UUID) -> None:
@@ -132,12 +135,17 @@ class Unit:
             for hand in list(self.hands.values()):  # a thread of a handler may still be at it
                 hand.seal()
 
-    def based_on(self, saved: Iterable[UUID] = ()) -> dict[UUID, int]:
-        """Return the versions that what was looked at had, but for what is saved; 0: absent."""
-        versions = {i: hand.version for i, hand in self.hands.items() if hand.is_taken}
-        for aggregate_id in saved:
-            versions.pop(aggregate_id, None)
-        return versions
+    def based_on(self) -> dict[UUID, int]:
+        """Return the versions that what was taken had; 0: absent."""
+        return {i: hand.version for i, hand in self.hands.items() if hand.is_taken}
+
+    def looked_at(self) -> list[tuple[UUID, int]]:
+        """Return the same of what was taken and is not saved."""
+        return [
+            (i, hand.version)
+            for i, hand in self.hands.items()
+            if hand.is_taken and not hand.is_saved
+        ]
 
     @property
     def was_read_at_once(self) -> bool:
