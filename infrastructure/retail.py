@@ -130,12 +130,15 @@ def survey(path: Path, copy: io.BufferedIOBase | None = None) -> Survey:
             product = found.products[row.code] = Product(row.at)
         # Sold goods leave and returned ones, whose quantity is negative, come back.
         product.stock += -row.quantity if row.kind in {"sale", "return"} else row.quantity
-        product.opening_stock = max(product.opening_stock, -product.stock)
-        if product.opening_stock > MAX_STOCK:
-            reason = f"{row.code} would need an opening stock of {product.opening_stock}"
-            raise DamagedFileError(path.name, row.line, reason)
-        product.name = product.name or row.description.strip()
-        product.unit_price = product.unit_price or row.price
+        if product.stock < -product.opening_stock:
+            product.opening_stock = -product.stock
+            if product.opening_stock > MAX_STOCK:
+                reason = f"{row.code} would need an opening stock of {product.opening_stock}"
+                raise DamagedFileError(path.name, row.line, reason)
+        if not product.name:
+            product.name = row.description.strip()
+        if not product.unit_price:
+            product.unit_price = row.price
     found.digest = digest.hexdigest()
     return found
 
@@ -155,7 +158,7 @@ def read_runs(name: str, text: io.BufferedIOBase) -> Iterator[tuple[int, str, li
 def invoice_of(invoice: str, rows: Sequence[Row]) -> RecordInvoice:
     """Make the command of an invoice's rows, all of which are movements."""
     # One value for all rows of a customer, so that it is sealed once.
-    customers = {row.customer: Personal(row.customer) for row in rows if row.customer}
+    customers = {customer: Personal(customer) for customer in {row.customer for row in rows}}
     lines = [
         {
             "kind": row.kind,
