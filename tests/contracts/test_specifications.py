@@ -109,6 +109,7 @@ def asked(spec):
     return plan(spec.bind(Thing)).sql
 
 
+@pytest.mark.long
 def test_the_rows_that_a_store_finds_are_those_that_python_accepts(store_url):
     with opened(store_url) as views:
 
@@ -144,6 +145,7 @@ def test_every_operator_on_every_value_means_the_same(store_url, name):
             assert [key for key, _ in found] == expected, spec
 
 
+@pytest.mark.long
 def test_order_and_paging_agree(store_url):
     with opened(store_url) as views:
 

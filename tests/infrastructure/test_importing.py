@@ -235,9 +235,10 @@ def test_an_import_that_is_killed_again_and_again_ends_the_same(tmp_path):
     assert rows == expected_rows
 
 
+@pytest.mark.long
 def test_sigterm_ends_an_import_between_two_transactions(tmp_path):
     shop = tmp_path / "shop.csv"
-    write_shop(shop, seed=4, days=2_000)
+    write_shop(shop, seed=4, days=1_000)
     url = f"sqlite:///{tmp_path}/shop.db"
     process = start_import(shop, url)
     deadline = time.monotonic() + 20
@@ -253,6 +254,7 @@ def test_sigterm_ends_an_import_between_two_transactions(tmp_path):
     assert sums(summary) == sums(expected)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not REAL.exists(), reason="the real sales are not beside the checkout")
 def test_the_real_sales_are_imported_exactly(shared_url):
     process = start_import(REAL, shared_url)

@@ -784,6 +784,7 @@ class PagesMachine(RuleBasedStateMachine):
             self._finish()
 
 
+@pytest.mark.long
 def test_what_is_stored_is_at_any_time_a_plain_fold_of_the_log(
     world, store_url, monkeypatch, caplog
 ):
