@@ -50,6 +50,9 @@ class Model:
         self.mapper_class()
 
     def _check_aggregates(self) -> None:
+        for aggregate in self.aggregates:
+            if not aggregate.TOPIC:
+                raise InvalidModelError(f"{aggregate.__name__} names no topic")
         for service in (*self.services, *self.processes):
             for aggregate in service.aggregates:
                 if aggregate not in self.aggregates:

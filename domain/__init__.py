@@ -1,7 +1,12 @@
 """The domain layer: aggregates, events, specifications and results. No I/O."""
 
 from leftfold.domain.aggregate import Aggregate, Snapshot, project
-from leftfold.domain.errors import AggregateNotFound, DomainError, LeftfoldError
+from leftfold.domain.errors import (
+    AggregateNotFound,
+    DomainError,
+    InvalidAggregateError,
+    LeftfoldError,
+)
 from leftfold.domain.event import WHEN_RECORDED, Created, DomainEvent, Event
 from leftfold.domain.metadata import InvalidMetadataError, Metadata
 from leftfold.domain.personal import ERASED, Personal, PersonalDataErased
@@ -36,6 +41,7 @@ __all__ = [
     "Err",
     "Event",
     "Explanation",
+    "InvalidAggregateError",
     "InvalidMetadataError",
     "InvalidSpecification",
     "InvalidValue",

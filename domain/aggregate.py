@@ -22,6 +22,7 @@ from pydantic import (
 from typing_extensions import TypedDict
 
 from leftfold.domain import clock
+from leftfold.domain.errors import InvalidAggregateError
 from leftfold.domain.event import Created, Event
 from leftfold.domain.personal import Keys, TokensOnly, Writing
 
@@ -102,7 +103,7 @@ class Aggregate(eventsourcing.domain.Aggregate):
     """A thing with an identity whose state follows from its events.
 
     A subclass names its stable topic and its events, annotates its attributes, and offers
-    methods that check the rules and `record` events:
+    methods that check the rules and `record` events; an event that begins one is its own:
 
         class Item(Aggregate, topic="leftfold.item", events=(ItemRegistered, StockSold)):
             on_hand: int
@@ -113,6 +114,7 @@ class Aggregate(eventsourcing.domain.Aggregate):
                 self.record(StockSold(quantity=quantity))
 
     Nothing is generated: an attribute changes only in an event's `apply`.
+    Raises `InvalidAggregateError` for a first event that begins another aggregate.
     """
 
     TOPIC: ClassVar[str] = ""
@@ -128,6 +130,10 @@ class Aggregate(eventsourcing.domain.Aggregate):
         cls.TOPIC, cls.EVENTS = topic, events
         for event in events:
             if issubclass(event, Created):
+                begun = getattr(event, "aggregate_type", cls)
+                if topic != begun.TOPIC:  # a notebook may define the same class again
+                    reason = f"{event.__name__} begins {begun.__name__} already"
+                    raise InvalidAggregateError(cls.__name__, reason)
                 event.aggregate_type = cls
         cls.SNAPSHOT = type(
             "Snapshot",
@@ -148,17 +154,28 @@ class Aggregate(eventsourcing.domain.Aggregate):
 
     @classmethod
     def begin(cls, created: Created, key: str) -> Self:
-        """Make a new aggregate by its first event."""
+        """Make a new aggregate by its first event. Raises `InvalidAggregateError`."""
+        cls._check_named(created)
         created.stamp(cls.id_of(key), cls.INITIAL_VERSION, clock.now())
         aggregate: Self = created.mutate(None)
         aggregate._pending_events.append(created)
         return aggregate
 
     def record(self, event: Event) -> None:
-        """Apply a new event and keep it until the aggregate is saved."""
+        """Apply a new event and keep it until the aggregate is saved.
+
+        Raises `InvalidAggregateError` for one that is not among the class's `events`.
+        """
+        self._check_named(event)
         event.stamp(self._id, self._version + 1, clock.now())
         event.mutate(self)
         self._pending_events.append(event)
+
+    @classmethod
+    def _check_named(cls, event: Event) -> None:
+        if type(event) not in cls.EVENTS:  # it could be stored, but not read
+            reason = f"{type(event).__name__} is not among its events"
+            raise InvalidAggregateError(cls.__name__, reason)
 
     def collect_events(self) -> Sequence[Event]:
         """Return the events recorded since the last time, in order."""

@@ -72,6 +72,13 @@ class DomainError(LeftfoldError):
     """A rule of the domain refuses: expected, and turned into `Err` by the bus."""
 
 
+class InvalidAggregateError(LeftfoldError, message="{aggregate}: {reason}"):
+    """An aggregate's class and its events do not fit together: an error in the program."""
+
+    aggregate: str
+    reason: str
+
+
 class AggregateNotFound(DomainError, message="no {aggregate_type} {aggregate_id}"):
     """There is no stream for this aggregate."""
 

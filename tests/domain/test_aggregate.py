@@ -7,7 +7,16 @@ from uuid import UUID
 
 import pytest
 
-from leftfold.domain import Aggregate, Created, Event, Personal, Snapshot, clock, project
+from leftfold.domain import (
+    Aggregate,
+    Created,
+    Event,
+    InvalidAggregateError,
+    Personal,
+    Snapshot,
+    clock,
+    project,
+)
 from leftfold.domain.items import Item
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -173,3 +182,50 @@ def test_an_attribute_without_an_annotation_is_not_lost_silently_in_a_snapshot()
     slip = Slip.begin(SlipBegun(), key="S")
     with pytest.raises(Exception, match="forgotten"):
         Slip.Snapshot.take(slip)
+
+
+def test_an_event_begins_aggregates_of_one_class_only():
+    class Opened(Created, topic="test.opened"):
+        def apply(self, account):
+            account.balance = 0
+
+    class Account(Aggregate, topic="test.account", events=(Opened,)):
+        balance: int
+
+    with pytest.raises(InvalidAggregateError, match="Savings: Opened begins Account already"):
+
+        class Savings(Account, topic="test.savings", events=(Opened,)):
+            pass
+
+    assert type(Account.begin(Opened(), "1")) is Account
+
+
+def test_a_class_may_be_defined_again_with_the_same_events():
+    class Opened(Created, topic="test.opened"):
+        def apply(self, account):
+            account.balance = 0
+
+    def define():
+        class Account(Aggregate, topic="test.account", events=(Opened,)):
+            balance: int
+
+        return Account
+
+    define()
+    again = define()
+    assert type(again.begin(Opened(), "1")) is again
+
+
+def test_an_event_that_the_aggregate_does_not_name_is_not_recorded():
+    class Unnamed(Event, topic="test.unnamed"):
+        pass
+
+    class Begun(Created, topic="test.begun"):
+        pass
+
+    item = Item.register("A", "Cup", Decimal(1))
+    with pytest.raises(InvalidAggregateError, match="Item: Unnamed is not among its events"):
+        item.record(Unnamed())
+    with pytest.raises(InvalidAggregateError, match="Item: Begun is not among its events"):
+        Item.begin(Begun(), "B")
+    assert item.version == 1

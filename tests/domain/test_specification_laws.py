@@ -19,7 +19,7 @@ from leftfold.domain.specification.tree import Compare, Not
 from leftfold.infrastructure.testing import candidates, satisfying, specifications, violating
 
 CASES = int(os.environ.get("LEFTFOLD_LAW_CASES", "200"))
-laws = settings(max_examples=CASES, deadline=None)
+laws = settings(max_examples=CASES)
 
 
 class Colour(Enum):
