@@ -34,7 +34,8 @@ class StoreUnavailableError(InfrastructureError, message="cannot open the store 
 
 class SchemaMissingError(
     InfrastructureError,
-    message="{store} has no table {table}, and create_tables is off: run `leftfold migrate`",
+    message="{store} has no table {table}, and create_tables is off: "
+    "run `leftfold migrate`, for a model of your own with `--model`",
 ):
     """Tables are missing and may not be made."""
 

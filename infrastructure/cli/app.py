@@ -1,4 +1,4 @@
-"""The commands, each a thin layer over the runtime of the Item model."""
+"""The commands, each a thin layer over a runtime, of the Item model if no other is named."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from leftfold.application import ValidationFailed
-from leftfold.application.items import FindItems, ItemRow, shop_model
+from leftfold.application.items import FindItems, ItemRow, item_model, shop_model
 from leftfold.domain import InvalidSpecification, LeftfoldError, Result, Specification
 from leftfold.infrastructure.cli import projections
 from leftfold.infrastructure.cli.common import (
@@ -24,9 +24,11 @@ from leftfold.infrastructure.cli.common import (
     INTERRUPTED,
     WRONG_USE,
     AsJson,
+    Named,
     Store,
     complete,
     kept_in,
+    model_of,
     open_shop,
 )
 from leftfold.infrastructure.cli.output import (
@@ -212,17 +214,21 @@ def events(sku: Sku, store: Store, as_json: AsJson = False) -> None:
 @app.command()
 def follow(
     store: Store,
+    model: Named = "",
     reorders: Annotated[
         bool, typer.Option("--reorders", help="Open and close reorders, too.")
     ] = False,
     while_input: Annotated[bool, typer.Option("--while-input", hidden=True)] = False,
 ) -> None:
     """Keep the views up to date, until it is interrupted."""
+    own = model_of(model)
+    if own is not None and reorders:
+        raise typer.BadParameter("--reorders are the shop's, and --model is another")
     if reorders:
         kept_in(store)  # the process may be new to the store, which itself has to be there
         runtime = open_shop(store, shop_model, create_tables=None)
     else:
-        runtime = open_shop(store)
+        runtime = open_shop(store, own or item_model)
 
     async def run() -> None:
         async with runtime as shop:
@@ -240,12 +246,14 @@ def forget(
     subject: Annotated[str, typer.Argument(help="Whom: a customer's id, as sales name it.")],
     store: Store,
     keys: Keys = "",
+    model: Named = "",
     as_json: AsJson = False,
 ) -> None:
     """Erase all personal data about somebody, for good."""
+    served = model_of(model) or item_model
 
     async def run() -> tuple[bool, float]:
-        async with open_shop(store, keys=keys or None, follow=False) as shop:
+        async with open_shop(store, served, keys=keys or None, follow=False) as shop:
             return await shop.forget(subject), shop.settings.forget_within
 
     found, seconds = complete(run())
@@ -258,11 +266,12 @@ def forget(
 
 
 @app.command()
-def purge(store: Store, as_json: AsJson = False) -> None:
+def purge(store: Store, model: Named = "", as_json: AsJson = False) -> None:
     """Delete receipts that are old enough (LEFTFOLD_RECEIPTS_KEPT, in seconds)."""
+    served = model_of(model) or item_model
 
     async def run() -> int:
-        async with open_shop(store, follow=False) as shop:
+        async with open_shop(store, served, follow=False) as shop:
             return await shop.purge_receipts()
 
     purged = complete(run())
@@ -273,12 +282,13 @@ def purge(store: Store, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def migrate(store: Store, keys: Keys = "") -> None:
+def migrate(store: Store, keys: Keys = "", model: Named = "") -> None:
     """Make the tables that are missing, also those of keys, so that programs need no right to."""
+    served = model_of(model) or shop_model
     settings = load_settings(store=store, keys=keys or None)
     opened, keyring = make_store(settings), Keyring(make_keys(settings), settings.forget_within)
     with closing(opened), closing(keyring):
-        opened.open(shop_model.readers, create_tables=True)
+        opened.open(served.stored_readers, create_tables=True)
         keyring.open(create_tables=True)
         keyring.provide(())  # it makes the file
     say(f"{opened.name} is ready")
@@ -321,7 +331,8 @@ def _following(store: str) -> Iterator[None]:
         yield
         return
     command = [sys.executable, "-m", "leftfold.infrastructure.cli", "follow", "--while-input"]
-    environment = {**os.environ, "LEFTFOLD_STORE": store}  # not an argument: others could read it
+    # The store is no argument, which others could read; the model is the shop's, whatever is set.
+    environment = {**os.environ, "LEFTFOLD_STORE": store, "LEFTFOLD_MODEL": ""}
     with subprocess.Popen(
         command,
         stdin=subprocess.PIPE,

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 from collections.abc import Coroutine
 from contextlib import closing
+from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -33,6 +36,16 @@ Store = Annotated[
         show_envvar=True,
     ),
 ]
+Named = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        envvar="LEFTFOLD_MODEL",
+        help="A model of your own, as package.module:name, instead of the shop's.",
+        show_default=False,
+        show_envvar=True,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
@@ -40,6 +53,21 @@ def open_shop(store: str, model: Model = item_model, **settings: object) -> Runt
     """Return a runtime on a store that is there: one that is not is a mistake, and not made."""
     given = {"create_tables": False, **settings}
     return Runtime(model, settings=load_settings(store=store, **given))
+
+
+def model_of(named: str) -> Model | None:
+    """Return the model of this name, from what is installed or in this folder; None for no name."""
+    if not named:
+        return None
+    module, _, name = named.partition(":")
+    sys.path.insert(0, str(Path.cwd()))  # as `python -m` does
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise typer.BadParameter(f"--model {named}: {error}") from None
+    if not isinstance(found, Model):
+        raise typer.BadParameter(f"--model {named}: this is no Model")
+    return found
 
 
 def kept_in(store: str) -> Model:

@@ -17,9 +17,11 @@ from leftfold.application.items import shop_model
 from leftfold.infrastructure.cli.common import (
     FAILURE,
     AsJson,
+    Named,
     Store,
     complete,
     kept_in,
+    model_of,
     open_shop,
 )
 from leftfold.infrastructure.cli.output import (
@@ -55,12 +57,12 @@ app.add_typer(projections, name="projections")
 
 
 @projections.command("list")
-def list_(store: Store, as_json: AsJson = False) -> None:
+def list_(store: Store, model: Named = "", as_json: AsJson = False) -> None:
     """Show how far they are, and how quickly they get on; this is done if no command is named."""
-    model = kept_in(store)
+    served = model_of(model) or kept_in(store)
 
     async def run() -> tuple[ProjectionHealth, ...]:
-        async with open_shop(store, model, follow=False) as shop:
+        async with open_shop(store, served, follow=False) as shop:
             if any(found.lag and not found.failure for found in shop.health().projections):
                 await asyncio.sleep(MEASURED)
             return shop.health().projections
@@ -75,14 +77,14 @@ def list_(store: Store, as_json: AsJson = False) -> None:
 
 
 @projections.command()
-def rebuild(name: Name, store: Store, as_json: AsJson = False) -> None:
+def rebuild(name: Name, store: Store, model: Named = "", as_json: AsJson = False) -> None:
     """Build a view anew beside itself, and mend its rows; run it again to go on."""
-    model = kept_in(store)
+    served = model_of(model) or kept_in(store)
 
     async def run() -> Comparison:
         with progress("events") as tell:
             # What is built anew has a table of its own.
-            async with open_shop(store, model, follow=False, create_tables=True) as shop:
+            async with open_shop(store, served, follow=False, create_tables=True) as shop:
                 with _named_by_user():
                     return await shop.rebuild(name, lambda at, head: tell("folding", at, head))
 
@@ -98,12 +100,13 @@ def drop(
     name: Name,
     version: Annotated[int, typer.Argument(min=1, help="One that no program keeps any more.")],
     store: Store,
+    model: Named = "",
 ) -> None:
     """Delete an old version of a view, with its rows."""
-    model = kept_in(store)
+    served = model_of(model) or kept_in(store)
 
     async def run() -> None:
-        async with open_shop(store, model, follow=False) as shop:
+        async with open_shop(store, served, follow=False) as shop:
             with _named_by_user():
                 await shop.drop_version(name, version)
 
@@ -115,6 +118,7 @@ def drop(
 def dead_letters(
     name: Name,
     store: Store,
+    model: Named = "",
     drop: Annotated[
         int | None,
         typer.Option(min=1, help="Give up the event at this position.", show_default=False),
@@ -125,10 +129,10 @@ def dead_letters(
     """Show the events that a view or process could not take in, or give them up."""
     if drop is not None and drop_all:
         raise typer.BadParameter("--drop is one event, and --drop-all are all")
-    model = kept_in(store)
+    served = model_of(model) or kept_in(store)
 
     async def run() -> int | tuple[DeadLetter, ...]:
-        async with open_shop(store, model, follow=False) as shop:
+        async with open_shop(store, served, follow=False) as shop:
             with _named_by_user():
                 if drop is not None or drop_all:
                     return await shop.drop_dead_letters(name, drop)
@@ -150,12 +154,12 @@ def dead_letters(
 
 
 @app.command()
-def retry(name: Name, store: Store, as_json: AsJson = False) -> None:
+def retry(name: Name, store: Store, model: Named = "", as_json: AsJson = False) -> None:
     """Take in what was put aside; exit code 1 if some of it stays."""
-    model = kept_in(store)
+    served = model_of(model) or kept_in(store)
 
     async def run() -> Retried:
-        async with open_shop(store, model, follow=False) as shop:
+        async with open_shop(store, served, follow=False) as shop:
             with _named_by_user():
                 return await shop.retry(name)
 
@@ -170,12 +174,13 @@ def retry(name: Name, store: Store, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def graph(as_json: AsJson = False) -> None:
+def graph(model: Named = "", as_json: AsJson = False) -> None:
     """Show who reads whose events, as a Mermaid flowchart."""
+    shown = model_of(model) or shop_model
     if not as_json:
-        say(shop_model.graph())
+        say(shown.graph())
         return
-    system = shop_model.system()
+    system = shown.system()
     show_json({"nodes": system.nodes, "edges": system.edges})
 
 

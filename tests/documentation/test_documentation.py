@@ -13,6 +13,7 @@ from types import ModuleType
 
 import psycopg
 import pytest
+import typer
 
 import leftfold.domain
 from leftfold.application.items import item_model
@@ -126,10 +127,10 @@ def test_the_files_that_a_page_names_exist(page):
 def test_the_targets_and_commands_that_a_page_names_exist(page):
     from leftfold.infrastructure.cli.app import app
 
-    commands = {c.name or c.callback.__name__ for c in app.registered_commands}
+    commands = set(typer.main.get_command(app).commands)
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for _, session in blocks_of(page, "console"):
-        for command in re.findall(r"^\$ (?:\S+=\S+ )*leftfold (\w+)", session, re.MULTILINE):
+        for command in re.findall(r"^\$ (?:\S+=\S+ )*leftfold ([\w-]+)", session, re.MULTILINE):
             assert command in commands
         for target in re.findall(r"^\$ (?:\S+=\S+ )*make (\w+)", session, re.MULTILINE):
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

@@ -697,3 +697,120 @@ def test_where_no_tables_may_be_made_migrate_makes_those_of_reorders_too(tmp_pat
 async def _open_once(url):
     async with open_items(url):
         pass
+
+
+BANK = """
+import asyncio
+import sys
+from dataclasses import dataclass
+
+from leftfold.application import Command, Model, Projection, Receipt, Service
+from leftfold.domain import Aggregate, Created, DomainError, Event, Ok
+from leftfold.infrastructure import Runtime
+
+
+class Opened(Created, topic="bank.opened"):
+    pass
+
+
+class Paid(Event, topic="bank.paid"):
+    amount: int
+
+
+class Account(Aggregate, topic="bank.account", events=(Opened, Paid)):
+    pass
+
+
+class Pay(Command[Receipt, DomainError]):
+    amounts: list[int]
+
+
+class Accounts(Service):
+    aggregates = (Account,)
+
+    def handlers(self):
+        yield Pay.handled_by(self.pay)
+
+    def pay(self, command):
+        account = Account.begin(Opened(), "1")
+        for amount in command.amounts:
+            account.record(Paid(amount=amount))
+        return Ok(self.repository.save(account))
+
+
+@dataclass(frozen=True)
+class Balance:
+    payments: int
+    share: int
+
+
+balances = Projection("balances", version=1, row=Balance)
+
+
+@balances.on(Opened)
+def opened(row, event):
+    return Balance(0, 0)
+
+
+@balances.on(Paid)
+def paid(row, event):
+    return Balance(row.payments + 1, 100 // event.amount)
+
+
+bank = Model((Account,), (Accounts,), (balances,))
+
+
+async def main():
+    async with Runtime(bank, store=sys.argv[1]) as runtime:
+        (await runtime.commands.dispatch(Pay(amounts=[5, 0, 10]))).unwrap()
+        (await runtime.catch_up()).unwrap()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+@pytest.fixture
+def bank(tmp_path, monkeypatch):
+    """The folder of a model of one's own."""
+    (tmp_path / "bank.py").write_text(BANK)
+    monkeypatch.chdir(tmp_path)
+    return f"sqlite:///{tmp_path}/bank.db"
+
+
+def test_a_model_of_ones_own_is_seen_to_as_the_shops_is(bank):
+    def told(*arguments):
+        done = leftfold(*arguments, "--json", store=bank, LEFTFOLD_MODEL="bank:bank")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    assert leftfold("migrate", "--model", "bank:bank", store=bank).returncode == 0
+    assert asked(bank, "SELECT name FROM leftfold_checkpoints") == [("balances",)]
+    subprocess.run([sys.executable, "bank.py", bank], check=True)
+    (listed,) = told("projections")
+    assert (listed["name"], listed["position"], listed["dead_letters"]) == ("balances", 4, 2)
+    assert [letter["topic"] for letter in told("dead-letters", "balances")] == ["bank.paid"] * 2
+    assert told("dead-letters", "balances", "--drop-all") == {"dropped": 2}
+    assert told("purge") == {"purged": 0}
+    assert told("graph")["nodes"] == {"Accounts": "bank:Accounts"}
+    with started(bank, "follow", "--model", "bank:bank") as follower:
+        until(lambda: is_followed(bank))
+        follower.terminate()
+        assert follower.wait(20) in {0, 143, -signal.SIGTERM}
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("nowhere:model", "No module named 'nowhere'"),
+        ("bank:other", "has no attribute 'other'"),
+        ("bank", "has no attribute ''"),
+        (":bank", "Empty module name"),
+        ("bank:Account", "this is no Model"),
+    ],
+)
+def test_what_is_no_model_is_a_wrong_use(bank, name, said):
+    done = leftfold("projections", "--model", name, store=bank)
+    assert (done.returncode, one_line(done)) == (2, True)
+    assert said in done.stderr
