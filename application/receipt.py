@@ -19,3 +19,8 @@ class Receipt:
     """The command had been carried out before; this is the first receipt again."""
     behind: tuple[str, ...] = ()
     """Views that were to be waited for, and have not seen what was written in time."""
+
+    @classmethod
+    def at(cls, position: int) -> Receipt:
+        """Return what stands for a receipt of which only the position has come along."""
+        return cls(UUID(int=0), (), position)

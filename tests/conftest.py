@@ -20,11 +20,17 @@ from uuid import uuid4
 
 import psycopg
 import pytest
+from hypothesis import settings
 
 import leftfold.domain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+
+# How long a case takes depends on what else the machine does.
+settings.register_profile("leftfold", settings.default, deadline=None)
+settings.load_profile("leftfold")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -111,7 +111,7 @@ commands = st.lists(
 
 
 @given(commands)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_librarys_runner_gives_the_same_reorders_as_a_runtime(commands):
     assert by_the_librarys_runner(commands) == by_leftfold(commands)
 

@@ -167,9 +167,7 @@ async def examples(strategy, count, check):
     """Draw examples and check each of them on the loop that runs."""
     loop = asyncio.get_running_loop()
 
-    @settings(
-        max_examples=count, deadline=None, suppress_health_check=list(HealthCheck), database=None
-    )
+    @settings(max_examples=count, suppress_health_check=list(HealthCheck), database=None)
     @given(strategy)
     def law(drawn):
         asyncio.run_coroutine_threadsafe(check(drawn), loop).result(30)

@@ -157,7 +157,6 @@ def sizes_for(draw, number):
 @given(st.data())
 @settings(
     max_examples=max(60, CASES // 5),
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 def test_groups_that_are_committed_together_fare_as_those_committed_one_by_one(log, data):
@@ -176,7 +175,6 @@ def test_groups_that_are_committed_together_fare_as_those_committed_one_by_one(l
 @given(st.data())
 @settings(
     max_examples=max(40, CASES // 10),
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 def test_of_groups_in_one_call_the_refused_leave_nothing_and_the_rest_are_whole(log, data):

@@ -417,7 +417,6 @@ def shared_log(opened, shared_url):
 @given(st.data())
 @settings(
     max_examples=25,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 def test_the_log_agrees_with_the_one_in_memory(shared_log, data):

@@ -25,7 +25,6 @@ from leftfold.infrastructure.strategies import DECIMALS, MOMENT, MOMENTS, TEXTS,
 
 laws = settings(
     max_examples=int(os.environ.get("LEFTFOLD_LAW_CASES", "200")),
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 

@@ -549,7 +549,6 @@ stocks = st.builds(
 orders = st.builds(Order, st.sampled_from(["name", "on_hand", "price"]), st.booleans())
 small = settings(
     max_examples=40,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 

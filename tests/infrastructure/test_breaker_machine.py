@@ -259,6 +259,6 @@ class ThreadedMachine(BreakerMachine):
 
 
 TestBreakerInTasks = BreakerMachine.TestCase
-TestBreakerInTasks.settings = settings(max_examples=400, stateful_step_count=40, deadline=None)
+TestBreakerInTasks.settings = settings(max_examples=400, stateful_step_count=40)
 TestBreakerInThreads = ThreadedMachine.TestCase
-TestBreakerInThreads.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
+TestBreakerInThreads.settings = settings(max_examples=200, stateful_step_count=30)

@@ -247,7 +247,6 @@ async def test_small_pages_give_the_same_view_as_large_ones(store_url, register,
 @given(st.lists(MOVES, max_size=3), st.integers(1, 5), st.integers(1, 5))
 @settings(
     max_examples=20,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 def test_two_followers_in_any_turn_fold_each_event_once(store_url, bursts, one_size, other_size):

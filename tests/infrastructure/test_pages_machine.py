@@ -796,7 +796,6 @@ def test_what_is_stored_is_at_any_time_a_plain_fold_of_the_log(
         settings=settings(
             max_examples=max(10, EXAMPLES[store_url.partition(":")[0]]),
             stateful_step_count=STEPS,
-            deadline=None,
             suppress_health_check=list(HealthCheck),
         ),
     )

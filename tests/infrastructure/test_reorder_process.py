@@ -232,7 +232,6 @@ MAKE = {
 @given(moves, st.integers(1, 6))
 @settings(
     max_examples=15,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 def test_whatever_happens_each_item_has_the_reorders_that_follow(
