@@ -27,10 +27,11 @@ class Conflict(DispatchError):
     """Other writers changed the aggregates first, also on retries; nothing was written."""
 
     aggregates: tuple[tuple[UUID, int], ...]
-    """Pairs of an aggregate's id and the version that the command would have brought it to."""
+    """Pairs of an aggregate's id and the version that it would have been brought to, or had when it
+    was only looked at: others have changed one of them at least."""
 
     def __str__(self) -> str:
-        changed = ", ".join(str(aggregate_id) for aggregate_id, _ in self.aggregates)
+        changed = " or ".join(str(aggregate_id) for aggregate_id, _ in self.aggregates)
         return f"others changed {changed} while the command was handled"
 
 

@@ -192,7 +192,7 @@ class Execution:
             metadata.use(_metadata_of(part))
             begun = len(unit.events)
             try:
-                answer = await self._handle(unit, part, known, wanted, parts[number:])
+                answer = await self._handle(unit, part, known, wanted, parts, number)
             except _Again:
                 raise
             except Exception:
@@ -236,11 +236,11 @@ class Execution:
         part: Dispatch[Any],
         known: Known,
         wanted: Wanted,
-        later: Sequence[Dispatch[Any]],
+        parts: Sequence[Dispatch[Any]],
+        number: int,
     ) -> Outcome:
-        """Call the handler, until all that it asks for is in memory."""
+        """Call the handler, until all that it asks for is in memory; so many parts are begun."""
         begun = len(unit.events)
-        unit.may_take = not part.handling.blocking
         answer: Any
         while True:
             # Of another, tasks and threads may live on, and go on with what this unit holds.
@@ -258,15 +258,18 @@ class Execution:
             except (DomainError, DispatchError) as refusal:
                 return Err(refusal)
             except (NotInMemory, BaseExceptionGroup) as error:
-                missing = _missing(error)
+                missing, others = _parted(error)
+                if not missing:
+                    return Err(_refusal_of(others))
             wanted.update(missing)
             if self._log.is_local:  # a handler that always wants more does not hold the loop
                 await self._platform.sleep(0)
             is_touched = len(unit.events) > begun or unit.is_changed
             if not is_plain or is_touched or any(map(self._memory.is_taken, missing)):
                 raise _Again(known)
-            if later and not unit.has_looked_ahead:
+            if number < len(parts) and not unit.has_looked_ahead:
                 unit.has_looked_ahead = True
+                later = parts[number : number + LOOK_AHEAD]
                 missing |= self._look_ahead(unit, later, known)
             await self._take_all(unit, missing)
 
@@ -276,7 +279,7 @@ class Execution:
         Their handlers are called with nothing at hand, and given up at their first question.
         """
         found: Wanted = {}
-        for part in parts[:LOOK_AHEAD]:
+        for part in parts:
             if part.handling.blocking or part.command_id in known:
                 continue
             probe = Unit(self._memory)
@@ -370,7 +373,8 @@ class Execution:
             return Err(refusal)
         unit.seal()
         unit.believed = Believed.BEHIND  # also if nobody waits for the verdict any more
-        verdict = await self._writer.write(Group(saves, unit.looked_at()))
+        looked_at = unit.looked_at()
+        verdict = await self._writer.write(Group(saves, looked_at))
         match verdict:
             case Committed(positions):
                 unit.believed = Believed.AFTER
@@ -381,7 +385,8 @@ class Execution:
                 found = await self._known(part for part in parts if part.command_id not in known)
                 if found:
                     raise _Again({**known, **found})
-                return Err(Conflict(tuple(unit.versions.items())))
+                versions = {i: v for each in staged for i, v in each.versions.items()}
+                return Err(Conflict((*versions.items(), *looked_at)))
             case Failed(reason, in_doubt=False, is_refusal=is_refusal, refusal=refused):
                 unit.believed = Believed.BEFORE
                 unknown = Unstorable(reason) if is_refusal else EventStoreUnavailable(reason)
@@ -442,16 +447,29 @@ def _same(moment: datetime) -> datetime:
     return moment
 
 
-def _missing(error: BaseException) -> Wanted:
-    """Return what a handler asked for, also from several tasks. Raises any other error."""
+def _parted(error: BaseException) -> tuple[Wanted, list[BaseException]]:
+    """Return what a handler asked for, also from several tasks, and what else they raised."""
     if isinstance(error, NotInMemory):
-        return dict(error.wanted)
+        return dict(error.wanted), []
     if not isinstance(error, BaseExceptionGroup):
-        raise error
+        return {}, [error]
     missing: Wanted = {}
+    others: list[BaseException] = []
     for each in error.exceptions:
-        missing.update(_missing(each))
-    return missing
+        wanted, besides = _parted(each)
+        missing |= wanted
+        others += besides
+    return missing, others
+
+
+def _refusal_of(errors: Sequence[BaseException]) -> DomainError | DispatchError:
+    """Return the first of several refusals. Raises what is none."""
+    for error in errors:
+        if not isinstance(error, (DomainError, DispatchError)):
+            raise error
+    refusal = errors[0]
+    assert isinstance(refusal, (DomainError, DispatchError))  # noqa: S101 - as all of them
+    return refusal
 
 
 def _dump_answer(
@@ -483,7 +501,10 @@ def _answer_again(part: Dispatch[Any], first: RecordedCommand, keys: Keys | None
         raise CommandIdReused(part.command_id, first.command, part.name)
     if first.answer is None:
         return Receipt(first.command_id, first.aggregates, first.position, repeated=True)
-    return _answer_type(part).validate_json(first.answer, context=keys)
+    try:
+        return _answer_type(part).validate_json(first.answer, context=keys)
+    except ValidationError:  # without it: it quotes the answer
+        raise InvalidAnswerError(part.name, "what another release had answered") from None
 
 
 def _answer_type(part: Dispatch[Any]) -> TypeAdapter[Any]:

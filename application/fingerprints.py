@@ -15,14 +15,20 @@ def sorted_text(types: Mapping[str, Any]) -> str:
 
 
 def code_of(function: Any) -> Iterator[str]:
-    """Yield what a function does, without where it is written."""
+    """Yield what a function does, without where it is written.
+
+    With the functions of its own module that it names, and not what others do that it calls.
+    """
     if not isinstance(function, FunctionType):
         yield _text(function)
         return
-    yield from _code(function.__code__)
-    yield _text((function.__defaults__, function.__kwdefaults__))
-    for cell in function.__closure__ or ():
-        yield _text(cell.cell_contents)
+    found = [function]
+    for each in found:  # which grows
+        yield from _code(each.__code__)
+        yield _text((each.__defaults__, each.__kwdefaults__))
+        for cell in each.__closure__ or ():
+            yield _text(cell.cell_contents)
+        found += (named for named in _named_by(each) if named not in found)
 
 
 def digest(parts: Iterable[str]) -> str:
@@ -31,6 +37,20 @@ def digest(parts: Iterable[str]) -> str:
     for part in parts:
         digesting.update(part.encode() + b"\0")
     return digesting.hexdigest()[:32]
+
+
+def _named_by(function: FunctionType) -> list[FunctionType]:
+    """Return the functions of a function's own module that it names, each once."""
+    named = map(function.__globals__.get, dict.fromkeys(_names(function.__code__)))
+    module = function.__module__
+    return [n for n in named if isinstance(n, FunctionType) and n.__module__ == module]
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
 
 
 def _code(code: CodeType) -> Iterator[str]:

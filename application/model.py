@@ -16,7 +16,7 @@ from leftfold.application.process import Process
 from leftfold.application.projection import Projection
 from leftfold.application.reading import QueryService
 from leftfold.application.service import Service
-from leftfold.application.snapshots import SnapshotPolicy
+from leftfold.application.snapshots import SnapshotPolicy, shape_of
 from leftfold.application.subscriber import Subscriber
 from leftfold.domain import Aggregate
 
@@ -60,6 +60,11 @@ class Model:
         for aggregate in self.snapshots:
             if aggregate not in self.aggregates:
                 raise InvalidModelError(f"snapshots of {aggregate.__name__}, which is missing")
+            try:
+                shape_of(aggregate)
+            except (NameError, TypeError) as error:  # of annotations
+                reason = f"snapshots of {aggregate.__name__}: {error}"
+                raise InvalidModelError(reason) from error
 
     def _check_readers(self) -> None:
         known = {event for aggregate in self.aggregates for event in aggregate.EVENTS}

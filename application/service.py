@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from enum import Enum
+from threading import get_ident  # noqa: TID251 - no thread is started: handlers have theirs
 from typing import Any, ClassVar, Protocol, TypeVar
 from uuid import UUID, uuid4
 
@@ -56,6 +57,7 @@ class Unit:
 
     __slots__ = (
         "_memory",
+        "_thread",
         "_used",
         "believed",
         "command_id",
@@ -68,8 +70,9 @@ class Unit:
     )
 
     def __init__(self, memory: Memory) -> None:
-        """Take aggregates from this memory."""
+        """Take aggregates from this memory, which is this thread's."""
         self._memory = memory
+        self._thread = get_ident()
         self.hands: dict[UUID, Hand] = {}
         self.events: list[Event] = []
         self.versions: dict[UUID, int] = {}
@@ -77,7 +80,7 @@ class Unit:
         self.command_id = NO_COMMAND
         self.believed = Believed.BEFORE
         self.may_take = True
-        """The handler runs on the loop, where what is free can be taken in passing."""
+        """What is free can be taken in passing, by what runs on the loop."""
         self.has_looked_ahead = False
         self.sealed = False
 
@@ -93,7 +96,7 @@ class Unit:
         missing: dict[UUID, type[Aggregate]] = {}
         for aggregate_id in aggregate_ids:
             hand = hands.get(aggregate_id)
-            if hand is None and self.may_take:
+            if hand is None and self.may_take and get_ident() == self._thread:
                 hand = self._memory.take_current(aggregate_id)
             if hand is None:
                 missing[aggregate_id] = aggregate_type
@@ -117,6 +120,7 @@ class Unit:
             if hand is None:
                 self.hands[aggregate_id] = hand = Hand(None, is_taken=False)
             hand.aggregate = aggregate
+            self._used.append(aggregate)
             if recorded:
                 self.events += recorded
                 hand.is_saved = True

@@ -42,8 +42,8 @@ def shape_of(aggregate_type: type[Aggregate]) -> str:
     """Return a fingerprint of what an aggregate's state is made of, and how; all processes agree.
 
     It is another when an attribute changes, an event's fields, their defaults or its version, an
-    upcaster, or the code of an `apply`; code that these call is not looked at. Other versions of
-    Python may see another.
+    upcaster, or the code of an `apply`; of what these call, functions of the same module are looked
+    at. Other versions of Python may see another.
     """
     parts = [sorted_text(get_type_hints(aggregate_type))]
     for event in aggregate_type.EVENTS:

@@ -287,7 +287,9 @@ class Follower:
         for reader in self.readers.values():
             if isinstance(reader.work, Subscription) and reader.is_local:
                 needed = (self.readers[view.table] for view in reader.work.reader.needs)
-                seen = (view.position for view in needed if not view.is_inline)
+                # A version that is built is told of what comes, and not of what was there.
+                late = (v for v in needed if not v.is_inline and v.checkpoint.is_built)
+                seen = (view.position for view in late)
                 reader.work.adopt(Checkpoint(min((head, *seen))))
                 reader.is_mine = True
 

@@ -124,9 +124,9 @@ class Keyring(Keys):
         `KeysUnavailable`.
         """
         _checked(subject)
-        self._begin()
         gone = self._ask(self._store.forget, subject)
         self._drop(gone)
+        self._learn()  # another process may have been first
         return bool(gone)
 
     def refresh(self) -> None:

@@ -38,7 +38,7 @@ from leftfold.infrastructure.errors import (
     ViewBusyError,
 )
 from leftfold.infrastructure.platform import collector_paused
-from leftfold.infrastructure.rows import storable
+from leftfold.infrastructure.rows import indexable
 
 R = TypeVar("R")
 
@@ -578,7 +578,7 @@ class Pages:
         if isinstance(event, Unreadable):
             return own
         try:
-            return [storable(key) for key in fold.reader.keys_of(event)] or own
+            return [indexable(key) for key in fold.reader.keys_of(event)] or own
         except Exception:  # noqa: BLE001 - it may be what is wrong with the event
             return own
 
@@ -701,7 +701,7 @@ def failure_of(name: str, error: Exception) -> LeftfoldError:
     return ProjectionFailedError(name, described(error))
 
 
-def described(error: Exception) -> str:
+def described(error: BaseException) -> str:
     """Say what is wrong, for logs, health and dead letters, without what it was about.
 
     The stores' errors quote no values. The texts of others may: they are not shown.

@@ -25,6 +25,8 @@ R = TypeVar("R")
 
 MIN_INTEGER, MAX_INTEGER = -(2**63), 2**63 - 1
 TOO_LARGE = "more than 64 bits"
+LONGEST_KEY = 1_000
+"""Bytes of a key: indexes of PostgreSQL take some 2,700, and SQLite's any number."""
 AMOUNTS = 4_096
 """Decimals of a column whose encoded values are remembered: prices are few."""
 MAX_KNOWN = 1_000
@@ -68,6 +70,14 @@ def storable(text: str) -> str:
     if not text.isascii():
         text.encode()
     return text
+
+
+def indexable(key: str) -> str:
+    """Return a key that every database can keep in an index. Raises `ValueError` for another."""
+    if len(storable(key).encode()) > LONGEST_KEY:
+        msg = f"is longer than {LONGEST_KEY} bytes"
+        raise ValueError(msg)
+    return key
 
 
 def aware(moment: datetime) -> datetime:
@@ -207,7 +217,7 @@ class RowShape(Generic[R]):
             except (ValueError, OverflowError) as error:
                 raise self._refusal(name, value, error) from None
         try:
-            storable(key)
+            indexable(key)
         except ValueError as error:
             raise self._refusal("key", key, error) from None
         return encoded
@@ -257,7 +267,10 @@ def _compiled(
 
     A call for each value would take most of the time of a page.
     """
-    checks, encoded = ["'\\0' in key or not key.isascii()"], list[str]()
+    checks, encoded = (
+        [f"'\\0' in key or not key.isascii() or len(key) > {LONGEST_KEY}"],
+        list[str](),
+    )
     for index, (kind, encode) in enumerate(zip(types_found, encoders, strict=True)):
         name = f"v{index}"
         if kind is types.NoneType or encode is same:

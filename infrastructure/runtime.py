@@ -28,7 +28,7 @@ from leftfold.application import (
     ViewBehind,
 )
 from leftfold.application.admission import Admission
-from leftfold.application.bus import Outcome, Step
+from leftfold.application.bus import Batch, Outcome, Step
 from leftfold.application.checkpoints import Comparison, DeadLetter
 from leftfold.application.execution import Execution
 from leftfold.application.middleware import conflict_retry, logged, timeout
@@ -278,6 +278,7 @@ class Runtime:
                 (self._guard, *self._middleware),
                 telemetry,
             )
+            undo.push_async_callback(self._parts.stop)
             await self._parts.begin(self._inline)
             undo.pop_all()
         if telemetry is not None:
@@ -498,7 +499,8 @@ class _Parts:
         outcome = await call_next(dispatch)
         if isinstance(outcome, Err):
             return outcome
-        answers = outcome.value if isinstance(outcome.value, list) else [outcome.value]
+        is_batch = isinstance(dispatch.message, Batch)
+        answers = outcome.value if is_batch else [outcome.value]
         position = max((a.position for a in answers if isinstance(a, Receipt)), default=0)
         if not all(isinstance(answer, Receipt) for answer in answers):
             # Of others it is not known where their events are.
@@ -507,7 +509,7 @@ class _Parts:
         await self.follower.wait_for(readers, position, self._view_timeout)
         late = tuple(r.reader.name for r in readers if not r.has_seen(position))
         marked = [replace(a, behind=late) if isinstance(a, Receipt) else a for a in answers]
-        return Ok(marked if isinstance(outcome.value, list) else marked[0])
+        return Ok(marked if is_batch else marked[0])
 
     def _wake(self) -> None:
         self.follower.wake()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
@@ -18,20 +19,22 @@ from leftfold.application import (
 from leftfold.application.checkpoints import Change, Checkpoint, DeadLetter
 from leftfold.application.ports import LoggedEvent, Platform
 from leftfold.application.subscriber import Subscriber
+from leftfold.infrastructure.errors import CacheUnavailableError
 from leftfold.infrastructure.pages import Outcome, Pages, Unreadable, described
 from leftfold.infrastructure.resilience import CircuitOpenError, RetryPolicy
-from leftfold.infrastructure.rows import storable
+from leftfold.infrastructure.rows import indexable
 
 _log = logging.getLogger("leftfold.subscriptions")
 
-LONGEST_KEY = 1_000
-"""Bytes of a key, which is kept in an index."""
 ATTEMPTS, FIRST_WAIT, JITTER = 5, 0.1, 0.1
 """To tell of an event, and seconds between them at first; then it is a dead letter."""
 AT_ONCE, WITHIN = 100, 1.0
 """Events told of between two moves of the checkpoint, and seconds after which no other is begun:
 so many may come again after a crash."""
-NOT_NOW = (CircuitOpenError, EventStoreUnavailable, KeysUnavailable, Overloaded, ShuttingDown)
+NOT_NOW = (
+    *(CacheUnavailableError, CircuitOpenError, EventStoreUnavailable, KeysUnavailable),
+    *(Overloaded, ShuttingDown),
+)
 """What effects raise though nothing is wrong with the event: later it may go well."""
 
 
@@ -177,6 +180,11 @@ class Subscription:
             await self._retry.call(self.reader.tell, event, self._platform.in_own_thread)
         except NOT_NOW:
             raise
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            return described(error)  # it is what the effect waits for that was cancelled
         except Exception as error:  # noqa: BLE001 - whatever effects raise
             return described(error)
         return None
@@ -190,7 +198,4 @@ class Subscription:
         return DeadLetter(at.position, key, at.aggregate_id, at.version, at.topic, error, now)
 
     def _key_of(self, event: Any) -> str:
-        key = storable(self.reader.key(event))
-        if len(key.encode()) > LONGEST_KEY:
-            raise ValueError(LONGEST_KEY)
-        return key
+        return indexable(self.reader.key(event))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -28,6 +29,8 @@ from leftfold.application.ports import (
 )
 from leftfold.domain import LeftfoldError
 from leftfold.infrastructure.errors import ViewChangedError
+
+_log = logging.getLogger("leftfold.stores")
 
 SCHEMA_VERSION = 3
 MAX_VERSION = 2**62
@@ -179,8 +182,11 @@ def is_written(verdict: Verdict) -> bool:
     return isinstance(verdict, Committed)
 
 
-def refused(error: LeftfoldError) -> Failed:
-    """Return the verdict on events that an inline view does not take."""
+def refused(error: Exception) -> Failed:
+    """Return the verdict on events that an inline view, or code of its own, does not take."""
+    if not isinstance(error, LeftfoldError):
+        _log.error("an inline view takes events of a command amiss", exc_info=error)
+        return Failed(type(error).__name__, is_refusal=True)
     refusal = error if isinstance(error, DispatchError) else None
     return Failed(str(error), is_refusal=True, refusal=refusal)
 

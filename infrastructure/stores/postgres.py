@@ -156,6 +156,10 @@ class PostgresLog(PostgresEvents, Notifying, PostgresProcessRecorder):
             if not isinstance(error.__cause__, psycopg.Error):
                 return [Failed(str(error), in_doubt=is_sent)] * len(run.groups)
             return [failed(error.__cause__, is_sent=is_sent)] * len(run.groups)
+        except Exception as error:
+            if self.inline is None:
+                raise
+            return [refused(error)] * len(run.groups)
 
     def write(self, connection: psycopg.Connection[Any], run: Run) -> list[Verdict]:
         """Write what may be written, and what inline views make of it."""

@@ -43,8 +43,8 @@ from leftfold.infrastructure.stores.postgres_schema import COMMIT_PARAMETERS
 
 AsyncConnection = psycopg.AsyncConnection[TupleRow]
 
-OF_THE_DATA = ("22", "23", "P0")
-"""Classes of errors that are about what is written: data, constraints, triggers."""
+OF_THE_DATA = ("22", "23", "54", "P0")
+"""Classes of errors that are about what is written: data, constraints, limits, triggers."""
 REFUSALS: Mapping[str, Verdict] = {"stale": Stale(), "repeated": Repeated()}
 STATEMENT, STATEMENT_IS_GONE = b"leftfold_commit", "26000"
 NUMBERED = ", ".join(f"${n}::{kind}" for n, kind in enumerate(COMMIT_PARAMETERS, 1))

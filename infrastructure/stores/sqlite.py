@@ -201,6 +201,10 @@ class SQLiteLog(SQLiteEvents, Notifying, SQLiteProcessRecorder):
         except PersistenceError as error:
             # SQLite is in this process: a commit that fails is rolled back.
             return [Failed(str(error))] * len(run.groups)
+        except Exception as error:
+            if self.inline is None:
+                raise
+            return [refused(error)] * len(run.groups)
 
     def write(self, connection: sqlite3.Connection, run: Run) -> list[Verdict]:
         """Write what may be written in a transaction, and what inline views make of it."""

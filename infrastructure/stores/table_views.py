@@ -292,7 +292,7 @@ class TableViews(Generic[D, C]):
             self._delete(cursor, table, gone)
         if prepared is not None:
             self._put(cursor, table, prepared)
-        if reader.writes is not None:
+        if reader.writes is not None and change.events:
             reader.writes(self._executing(cursor), change.events)
 
     def _keep_letters(self, cursor: C, change: Change) -> None:
