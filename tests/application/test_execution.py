@@ -22,6 +22,7 @@ from leftfold.application import (
 )
 from leftfold.application.items import DiscontinueItem, ReceiveStock, RenameItem, SellStock
 from leftfold.application.middleware import timeout
+from leftfold.application.service import NotInMemory
 from leftfold.domain import Aggregate, AggregateNotFound, Err, Ok
 from leftfold.domain.items import (
     InsufficientStock,
@@ -1022,3 +1023,137 @@ async def test_a_receipt_of_an_earlier_save_names_all_that_was_saved(shop):
     assert receipt.aggregates == ((Item.id_of("A"), 3), (Item.id_of("B"), 2))
     again = (await shop.bus.dispatch(Do(), command_id=ID)).unwrap()
     assert again == replace(receipt, repeated=True)
+
+
+async def test_a_conflict_names_all_that_others_may_have_changed(shops):
+    one, other = shops
+    await one.register("A", "B", "C", "D")
+    (await other.bus.dispatch(ReceiveStock(sku="A", quantity=1))).unwrap()
+    both = [ReceiveStock(sku="A", quantity=1), ReceiveStock(sku="B", quantity=1)]
+    answer = await one.bus.dispatch_all(both)
+    assert answer == Err(Conflict(((Item.id_of("A"), 2), (Item.id_of("B"), 2))))
+
+    def look_and_receive(command):
+        one.repository.load(Item, Item.id_of("D"))
+        return receive(one)(command)
+
+    (await other.bus.dispatch(ReceiveStock(sku="D", quantity=1))).unwrap()
+    one.add(Do.handled_by(look_and_receive))
+    answer = await one.bus.dispatch(Do(sku="C"))
+    assert answer == Err(Conflict(((Item.id_of("C"), 2), (Item.id_of("D"), 1))))
+
+
+# Handlers with tasks and threads of their own
+
+
+async def test_a_refusal_in_a_task_of_a_handler_is_its_answer(shop):
+    async def refuse():
+        raise ItemNotFound("A")
+
+    async def handle(command):
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(refuse())
+
+    shop.add(Do.handled_by(handle))
+    assert await shop.bus.dispatch(Do()) == Err(ItemNotFound("A"))
+
+
+async def test_a_bug_in_a_task_of_a_handler_stays_raised(shop):
+    async def refuse():
+        raise ItemNotFound("A")
+
+    async def fail():
+        raise ZeroDivisionError
+
+    async def handle(command):
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(refuse())
+            tasks.create_task(fail())
+
+    shop.add(Do.handled_by(handle))
+    with pytest.raises(ZeroDivisionError):
+        await shop.bus.dispatch(Do())
+
+
+async def test_what_a_task_asks_for_is_read_before_the_refusal_of_another_counts(shops):
+    shop, _ = shops
+    await shop.register("A")
+    shop.execution._memory._idle.clear()
+    attempts = 0
+
+    async def refuse():
+        raise ItemNotFound("A")
+
+    async def load():
+        shop.repository.load(Item, Item.id_of("A"))
+
+    async def handle(command):
+        nonlocal attempts
+        attempts += 1
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(load())
+            if attempts == 1:
+                tasks.create_task(refuse())
+        return Ok(shop.repository.save())
+
+    shop.add(Do.handled_by(handle))
+    assert (await shop.bus.dispatch(Do())).is_ok()
+    assert attempts == 2
+
+
+async def test_what_a_thread_of_a_handler_asks_for_is_not_taken_in_passing(shop):
+    await shop.register("A")
+    memory, found = shop.execution._memory, []
+
+    async def handle(command):
+        try:
+            await asyncio.to_thread(shop.repository.load, Item, Item.id_of("A"))
+        except NotInMemory:  # on the loop again, where it could be taken
+            found.append(memory.is_taken(Item.id_of("A")))
+            raise
+        found.append(memory.is_taken(Item.id_of("A")))
+        return Ok(shop.repository.save())
+
+    shop.add(Do.handled_by(handle))
+    assert (await shop.bus.dispatch(Do())).is_ok()
+    assert found == [False, True]
+    assert not memory.is_taken(Item.id_of("A"))
+
+
+async def test_what_is_recorded_after_the_save_of_a_new_aggregate_is_missed(shop):
+    def handle(command):
+        item = Item.register("N", "Cup", Decimal(1))
+        receipt = shop.repository.save(item)
+        item.receive(1)
+        return Ok(receipt)
+
+    shop.add(Do.handled_by(handle))
+    with pytest.raises(UnsavedEventsError):
+        await shop.bus.dispatch(Do())
+    assert shop.log.head() == 0
+
+
+async def test_an_answer_of_another_release_is_not_quoted(shop):
+    await shop.register("A")
+
+    def answer_with(value):
+        def handle(command):
+            receive(shop)(command)
+            return Ok(value)
+
+        return handle
+
+    class Ask(Command[dict[str, str], ItemError]):
+        sku: str = "A"
+
+    shop.add(Ask.handled_by(answer_with({"street": "Secret Street"})))
+    (await shop.bus.dispatch(Ask(), command_id=ID)).unwrap()
+
+    class Ask(Command[dict[str, int], ItemError]):  # the next release
+        sku: str = "A"
+
+    shop.bus._by_name.clear()
+    shop.add(Ask.handled_by(answer_with({"street": 1})))
+    with pytest.raises(InvalidAnswerError) as raised:
+        await shop.bus.dispatch(Ask(), command_id=ID)
+    assert "Secret" not in f"{raised.value} {raised.value.__cause__}"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, replace
-from time import monotonic
+from time import monotonic, sleep
 
 import pytest
 
 from leftfold.application import Answer, InvalidModelError, Projection, ViewBehind
 from leftfold.application.items import GetItem, ItemRow, item_model, item_stock, low_stock
-from leftfold.domain import Err
+from leftfold.domain import Err, Ok
 from leftfold.domain.items import ItemRegistered, StockSold
 from leftfold.infrastructure import InMemoryCache, Runtime, Settings
 from leftfold.infrastructure.items import open_items
@@ -146,3 +146,21 @@ async def test_waits_for_many_views_end_together(store_url, register):
         )
         assert all(receipt.unwrap().behind == () for receipt in receipts)
         assert len(shop._store.views.select(low_stock, None, None)) == 0
+
+
+async def test_a_command_that_answers_an_empty_list_is_waited_for_too(sqlite_url, register):
+    async def answer_nothing(dispatch, call_next):
+        (await call_next(dispatch)).unwrap()
+        return Ok([])
+
+    slow = Projection("slow", version=1, row=Seen)
+
+    @slow.on(ItemRegistered)
+    def registered(row, event):
+        sleep(0.1)
+        return Seen(0)
+
+    model = replace(item_model, projections=(slow,))
+    async with Runtime(model, sqlite_url, middleware=[answer_nothing]) as shop:
+        assert await shop.commands.dispatch(register("A", 9), consistency=["slow"]) == Ok([])
+        assert shop.health().projections[0].position == 1

@@ -313,6 +313,27 @@ async def test_views_that_are_to_halt_do_so_before_an_event_of_an_unknown_type(
         assert "of.another.release" in health(shop).failure
 
 
+async def test_a_key_that_is_too_long_for_an_index_is_the_events_fault(store_url, register, sell):
+    view = Projection("sales", version=1, row=Sales, keys=lambda event: [event.invoice])
+
+    @view.on_each(StockSold)
+    def sold_(row, event, key):
+        return Sales(key[:5], (row.sold if row else 0) + event.quantity)
+
+    async with opened(store_url, view) as shop:
+        await shop.commands.dispatch(register("A", 100))
+        for invoice in ("1" * 1_000, "2" * 1_001, "ä" * 501, "3"):
+            sale = sell("A", 1).model_copy(update={"invoice": invoice})
+            (await shop.commands.dispatch(sale)).unwrap()
+        assert await rows(shop, view) == {"11111": 1, "3": 1}
+        letters = await shop.dead_letters("sales")
+        assert [(letter.position, letter.key) for letter in letters] == [
+            (3, Item.id_of("A").hex),
+            (4, Item.id_of("A").hex),
+        ]
+        assert "is longer than 1000 bytes" in letters[0].error
+
+
 async def test_one_event_may_be_parked_under_several_keys(store_url, register, sell):
     fault = Fault(7)
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from string import ascii_letters
 
 import pytest
 
-from leftfold.application import InvalidModelError, NotUnique, Projection, Unstorable
+from leftfold.application import (
+    EventStoreUnavailable,
+    InvalidModelError,
+    NotUnique,
+    Projection,
+    Unstorable,
+)
 from leftfold.application.items import RenameItem, item_model, item_stock
 from leftfold.domain import Err
 from leftfold.domain.items import ItemRegistered, ItemRenamed, StockSold
@@ -98,6 +106,39 @@ async def test_an_event_that_an_inline_view_cannot_fold_is_refused(store_url, re
         assert isinstance(answer.error, Unstorable)
         assert "ZeroDivisionError in sold" in answer.error.reason
         (await shop.commands.dispatch(sell("A", 1))).unwrap()
+
+
+async def test_of_many_at_once_one_that_fails_its_own_statements_fails_alone(shared_url, register):
+    view = names()
+
+    @view.executing
+    def execute(execute, events):
+        if any(event.name == "bad" for event in events):
+            raise KeyError("bad")
+
+    async with opened(shared_url, view) as shop:
+        wanted = [named(register, n, n) for n in ("w", "bad", "a", "b", "c")]
+        answers = await asyncio.gather(*(shop.commands.dispatch(c) for c in wanted))
+        assert [answer.is_ok() for answer in answers] == [True, False, True, True, True]
+        assert answers[1] == Err(Unstorable("KeyError"))
+        assert shown(shop, view) == ["a", "b", "c", "w"]
+
+
+async def test_what_is_too_long_for_an_index_fails_alone_and_is_no_outage(postgres_url, register):
+    view, draw = names(), random.Random(1)
+    async with opened(postgres_url, view) as shop:
+        for _ in range(13):  # more than open a breaker
+            long = "".join(draw.choices(ascii_letters, k=9_000))
+            wanted = [named(register, n, n) for n in ("a", "b")]
+            wanted.insert(1, named(register, "L", long))
+            one, other, another = await asyncio.gather(
+                *(shop.commands.dispatch(command) for command in wanted)
+            )
+            assert isinstance(other.error, Unstorable)
+            assert not isinstance(getattr(one, "error", None), EventStoreUnavailable)
+            assert not isinstance(getattr(another, "error", None), EventStoreUnavailable)
+        assert shown(shop, view) == ["a", "b"]
+        assert shop.health().is_healthy
 
 
 async def test_two_processes_race_for_one_value_and_one_gets_it(shared_url, register):

@@ -557,6 +557,15 @@ def test_a_views_statements_are_run_with_the_events_of_the_page(telling, shared_
     assert quantities(shared_url) == [3, 5]
 
 
+def test_a_views_statements_are_not_run_for_pages_without_its_events(telling):
+    view, told, shop = telling
+    shop.write(shop.sold(A, 9), shop.received(A, 4))
+    fold = shop.fold_of(view)
+    shop.pages.fold([fold], 10)
+    shop.pages.retry(fold)
+    assert (told, fold.checkpoint.position) == ([], 2)
+
+
 def test_a_views_statements_are_undone_with_their_page(telling, shared_url):
     view, told, shop = telling
     late, quick = shop.fold_of(view), shop.fold_of(view)

@@ -287,6 +287,14 @@ async def test_the_facts_that_are_not_personal_stay(runtime):
     assert (await asked(runtime, GuestByKey(key="a"))).visits == 2
 
 
+async def test_who_forgets_after_another_process_has_nothing_left_either(shared_url):
+    async with opened(shared_url) as one, opened(shared_url) as other:
+        row = await asked(one, GuestByKey(key="a"), await fill(one))
+        assert await other.forget(SUBJECT)
+        assert not await one.forget(SUBJECT)
+        assert row.name.is_erased
+
+
 async def test_others_are_not_erased_with_it(runtime):
     await runtime.forget(SUBJECT)
     assert await runtime.commands.dispatch(Greet(key="b")) == Ok("Hello Grace Hopper")

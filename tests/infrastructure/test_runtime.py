@@ -22,7 +22,8 @@ from leftfold.application import (
 from leftfold.application.items import GetItem, Items, SellStock
 from leftfold.domain import Err, Ok
 from leftfold.domain.items import Item, ItemError
-from leftfold.infrastructure import NotRunningError, Runtime, Settings
+from leftfold.infrastructure import NotRunningError, Runtime, Settings, StoreUnavailableError
+from leftfold.infrastructure.follower import Follower
 from leftfold.infrastructure.items import open_items
 from leftfold.infrastructure.platform import OWN_THREADS, SystemPlatform
 
@@ -189,6 +190,20 @@ async def test_an_open_that_fails_after_the_store_was_opened_leaves_nothing(sqli
     assert threads() == []
     assert shop._store._file is None
     await shop.close()
+
+
+async def test_an_open_that_fails_leaves_no_task(sqlite_url, monkeypatch):
+    shop = open_items(sqlite_url)
+    before = asyncio.all_tasks()
+
+    async def fails(_follower):
+        raise OperationalError
+
+    monkeypatch.setattr(Follower, "begin", fails)
+    with pytest.raises(StoreUnavailableError):
+        await shop.open()
+    await asyncio.sleep(0)
+    assert asyncio.all_tasks() == before
 
 
 async def test_a_cancelled_open_leaves_nothing_and_does_not_freeze_the_loop(

@@ -353,3 +353,15 @@ def test_snapshots_of_an_aggregate_that_the_model_lacks_are_refused():
 
     with pytest.raises(InvalidModelError, match="Other, which is missing"):
         Model((Item,), snapshots={Other: SnapshotPolicy(every=10)})
+
+
+def test_an_aggregate_whose_annotations_cannot_be_read_is_refused():
+    class Begun(Created, topic="test.nameless.begun"):
+        pass
+
+    class Nameless(Aggregate, topic="test.nameless", events=(Begun,)):
+        price: Missing  # noqa: F821 - imported for type checkers only, say
+
+    policies = {Nameless: SnapshotPolicy(every=3)}
+    with pytest.raises(InvalidModelError, match="snapshots of Nameless: name 'Missing'"):
+        Model((Nameless,), snapshots=policies)

@@ -22,7 +22,9 @@ from leftfold.application.ports import EncodedEvent, Group, Save
 from leftfold.domain import DomainError, Err, Ok
 from leftfold.domain.items import Item, StockReceived, StockSold
 from leftfold.infrastructure import (
+    CacheUnavailableError,
     CircuitBreaker,
+    ReaderState,
     Runtime,
     Settings,
     follower,
@@ -32,6 +34,11 @@ from leftfold.infrastructure import (
 )
 
 pytestmark = pytest.mark.anyio
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    quantity: int
 
 
 class Told:
@@ -726,6 +733,71 @@ async def test_one_that_is_everywhere_is_told_by_each_runtime(shared_url, regist
             for each in (shop, other):
                 (await each.catch_up()).unwrap()
     assert (one.sales, two.sales) == ([1, 2, 3], [2, 3])
+
+
+async def test_one_that_is_everywhere_is_not_told_again_when_a_view_gets_a_new_version(
+    shared_url, register, sell
+):
+    def version(number):
+        view = Projection("sales", version=number, row=Seen)
+        view.on(StockSold)(lambda row, event: Seen(event.quantity))
+        return view
+
+    async def told_by(view, told, quantity):
+        tells = telling(told.sold, everywhere=True, needs=(view,))
+        async with opened(shared_url, tells, projections=(view,)) as shop:
+            if quantity == 1:
+                await shop.commands.dispatch(register("A", 100))
+            (await shop.catch_up()).unwrap()
+            await sold(shop, sell, quantity)
+            (await shop.catch_up()).unwrap()
+            await until(lambda: told.sales)
+        return told.sales
+
+    assert await told_by(version(1), Told(), 1) == [1]
+    assert await told_by(version(2), Told(), 2) == [2]
+
+
+async def test_what_is_cancelled_in_an_effect_fails_as_any_effect_does(store_url, register, sell):
+    told = []
+
+    async def effect(event):
+        if event.quantity == 13:
+            cancelled = asyncio.get_running_loop().create_future()
+            cancelled.cancel()
+            await cancelled
+        told.append(event.quantity)
+
+    async with opened(store_url, telling(effect)) as shop:
+        await shop.commands.dispatch_all([register("A", 100), register("B", 100)])
+        await sold(shop, sell, 13)
+        await sold(shop, sell, 2, sku="B")
+        (await shop.catch_up()).unwrap()
+        (letter,) = await shop.dead_letters("tells")
+        assert letter.error.startswith("CancelledError in effect")
+        assert told == [2]
+
+
+@pytest.mark.usefixtures("_few_attempts")
+async def test_a_cache_that_is_away_is_no_fault_of_the_event(
+    store_url, register, sell, monkeypatch
+):
+    monkeypatch.setattr(follower, "FIRST_PAUSE", 0.001)
+    is_away, told = True, []
+
+    async def effect(event):
+        if is_away:
+            raise CacheUnavailableError("redis://", "away")
+        told.append(event.quantity)
+
+    async with opened(store_url, telling(effect)) as shop:
+        await shop.commands.dispatch(register("A", 100))
+        await sold(shop, sell, 1, 2)
+        await until(lambda: health(shop).state is ReaderState.WAITING)
+        is_away = False
+        (await shop.catch_up()).unwrap()
+        assert await shop.dead_letters("tells") == ()
+    assert told == [1, 2]
 
 
 @pytest.mark.usefixtures("_few_attempts")
