@@ -8,10 +8,10 @@ from time import monotonic, sleep
 
 import pytest
 
-from leftfold.application import Answer, InvalidModelError, Projection, ViewBehind
-from leftfold.application.items import GetItem, ItemRow, item_model, item_stock, low_stock
+from leftfold.application import Answer, Command, InvalidModelError, Projection, ViewBehind
+from leftfold.application.items import GetItem, ItemRow, Items, item_model, item_stock, low_stock
 from leftfold.domain import Err, Ok
-from leftfold.domain.items import ItemRegistered, StockSold
+from leftfold.domain.items import ItemError, ItemRegistered, StockSold
 from leftfold.infrastructure import InMemoryCache, Runtime, Settings
 from leftfold.infrastructure.items import open_items
 
@@ -149,9 +149,16 @@ async def test_waits_for_many_views_end_together(store_url, register):
 
 
 async def test_a_command_that_answers_an_empty_list_is_waited_for_too(sqlite_url, register):
-    async def answer_nothing(dispatch, call_next):
-        (await call_next(dispatch)).unwrap()
-        return Ok([])
+    class Register(Command[list[str], ItemError]):
+        pass
+
+    class ListingItems(Items):
+        def handlers(self):
+            yield Register.handled_by(self.register_one)
+
+        def register_one(self, command):
+            self.register(register("A", 9)).unwrap()
+            return Ok([])
 
     slow = Projection("slow", version=1, row=Seen)
 
@@ -160,7 +167,7 @@ async def test_a_command_that_answers_an_empty_list_is_waited_for_too(sqlite_url
         sleep(0.1)
         return Seen(0)
 
-    model = replace(item_model, projections=(slow,))
-    async with Runtime(model, sqlite_url, middleware=[answer_nothing]) as shop:
-        assert await shop.commands.dispatch(register("A", 9), consistency=["slow"]) == Ok([])
+    model = replace(item_model, services=(ListingItems,), projections=(slow,))
+    async with Runtime(model, sqlite_url) as shop:
+        assert await shop.commands.dispatch(Register(), consistency=["slow"]) == Ok([])
         assert shop.health().projections[0].position == 1
