@@ -215,9 +215,11 @@ def invalidating(
     """Return what deletes from a cache all that was made of the rows which a view has changed.
 
     `keys` and `tags` name what is cached of the row under a key. It is told after the view has
-    passed an event, with a checkpoint of its own, so that a crash in between loses nothing. A
-    cache in this process is one of many: each process sees to its own. One that processes share
-    is seen to once, with `everywhere=False`.
+    passed an event, with a checkpoint of its own, so that a crash in between loses nothing, and
+    waits for a cache that is away. What changes rows without an event, a `retry` or a `rebuild`, it
+    is not told of: clear the cache then, or give what is kept a time to live. A cache in this
+    process is one of many: each process sees to its own. One that processes share is seen to once,
+    with `everywhere=False`.
     """
     subscriber = Subscriber(name, needs=(projection,), everywhere=everywhere)
 

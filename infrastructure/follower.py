@@ -612,6 +612,7 @@ class Follower:
         reader.is_due = reader.is_alone = True
         work = reader.work
         if may_pass(error) or isinstance(work, Subscription):
+            reader.limit = max(1, limit // 2)  # it may have taken too long
             self._wait_out(reader, error)
         elif is_shared:
             pass  # whose fault it is shows when they are alone

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
-from leftfold.domain import Aggregate, DomainError, Event, clock
+from leftfold.domain import Aggregate, Created, DomainError, Event, clock
 
 if TYPE_CHECKING:
     from leftfold.infrastructure.strategies import (
@@ -40,9 +40,15 @@ class Scenario(Generic[A]):
         self._seconds = 0
 
     def given(self, *events: Event) -> Self:
-        """Let these events have happened, in order."""
+        """Let these events have happened, in order.
+
+        Raises `AssertionError` if the first begins no aggregate.
+        """
         with clock.clock(self._now):
             for example in events:
+                if self._aggregate is None and not isinstance(example, Created):
+                    name = type(example).__name__
+                    raise AssertionError(f"{name} begins no {self._type.__name__}: give that first")
                 version = self._aggregate.version + 1 if self._aggregate else 1
                 event = example.model_copy(
                     update={"originator_version": 0}
@@ -61,6 +67,11 @@ class Scenario(Generic[A]):
             except DomainError as refusal:
                 self._refusal = refusal
                 made = None
+            except AttributeError as error:
+                if self._aggregate is None and error.obj is None:
+                    reason = f"there is no {self._type.__name__} yet: give the event that begins it"
+                    raise AssertionError(reason) from error
+                raise
         if self._aggregate is None:
             self._aggregate = made
         if self._aggregate is not None:
@@ -86,13 +97,14 @@ class Scenario(Generic[A]):
 
         Raises `AssertionError`.
         """
+        wanted = error.__name__ if isinstance(error, type) else repr(error)
         if self._refusal is None:
-            raise AssertionError(f"expected {error!r}, got {_list(tuple(self._recorded))}")
+            raise AssertionError(f"expected {wanted}, got {_list(tuple(self._recorded))}")
         is_it = (
             isinstance(self._refusal, error) if isinstance(error, type) else self._refusal == error
         )
         if not is_it:
-            raise AssertionError(f"expected {error!r}, got {self._refusal!r}")
+            raise AssertionError(f"expected {wanted}, got {self._refusal!r}")
         if self._recorded:
             raise AssertionError(f"refused, but recorded {_list(tuple(self._recorded))}")
         return self

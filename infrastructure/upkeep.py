@@ -18,6 +18,7 @@ from leftfold.infrastructure.errors import (
     ViewInUseError,
 )
 from leftfold.infrastructure.follower import (
+    FIRST_PAUSE,
     LEASE,
     RENEWED,
     SOON,
@@ -42,6 +43,8 @@ REBUILD = 5_000
 """Events a page of a rebuild."""
 RENEWAL = 1.0
 """Seconds that such a page may take at most: then its lease is renewed."""
+ATTEMPTS = 6
+"""To go on, in a row, with a store that fails; they take some three seconds."""
 TRIES = 1_000
 """To find a view and the one beside it equally far."""
 
@@ -206,11 +209,24 @@ class _Rebuild:
         self._limit = REBUILD
 
     async def run(self) -> Comparison:
-        """Fold until both are equally far, and take over."""
+        """Fold until both are equally far, and take over; wait while the store is away.
+
+        A page that was written although it seemed to fail is seen at the next look.
+        """
         await self._begin()
+        failures = 0
         for _ in range(TRIES):
-            live = await self._in_thread(self._look)
-            await self._get_to(live.position)
+            try:
+                live = await self._in_thread(self._look)
+                await self._get_to(live.position)
+            except EventStoreUnavailable:
+                failures += 1
+                if failures == ATTEMPTS:
+                    raise
+                self._limit = max(1, self._limit // 2)  # a page may have taken too long
+                await self._platform.sleep(FIRST_PAUSE * 2**failures)
+                continue
+            failures = 0
             if self._fold.checkpoint.position == live.position:
                 compared: Comparison | None = await self._in_thread(
                     self._views.take_over, self._projection, self._anew

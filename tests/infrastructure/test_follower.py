@@ -506,6 +506,27 @@ async def test_a_view_that_stops_after_an_outage_leaves_the_processor_alone(
         assert len(asked) < 30
 
 
+async def test_a_page_that_fails_for_a_moment_is_tried_again_half_as_long(
+    store_url, register, monkeypatch
+):
+    model = replace(item_model, projections=(item_stock,))
+    async with Runtime(model, settings=Settings(store=store_url, follow=False)) as shop:
+        (await shop.commands.dispatch(register())).unwrap()
+        pages, errors, limits = shop._parts.pages, [OperationalError("too slow")] * 2, []
+        begin = pages.begin
+
+        def failing(folds, limit):
+            limits.append(limit)
+            if errors:
+                raise errors.pop()
+            return begin(folds, limit)
+
+        monkeypatch.setattr(pages, "begin", failing)
+        shop.follow()
+        (await shop.catch_up()).unwrap()
+        assert limits == [FIRST_PAGE, FIRST_PAGE // 2, FIRST_PAGE // 4]
+
+
 async def test_whoever_watches_sees_how_quickly_others_get_on(shared_url, register):
     async with open_items(settings=Settings(store=shared_url, follow=False)) as shop:
         receipts = [(await shop.commands.dispatch(register(f"S{n}"))).unwrap() for n in range(60)]

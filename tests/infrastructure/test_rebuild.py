@@ -12,6 +12,7 @@ from time import monotonic, sleep
 
 import psycopg
 import pytest
+from eventsourcing.persistence import OperationalError
 from waiting import until
 
 from leftfold.application import (
@@ -802,6 +803,27 @@ async def test_a_rebuild_leaves_alone_what_statements_of_the_view_wrote(shared_u
         damage(shop, view, {key("A"): None})
         assert await shop.rebuild("sold_units") == Comparison(3, 0, 1, 0)
     assert len(written) == 12
+
+
+async def test_a_rebuild_waits_while_the_database_is_away_for_a_moment(
+    store_url, fill, monkeypatch
+):
+    monkeypatch.setattr(upkeep, "REBUILD", 2)
+    monkeypatch.setattr(upkeep, "FIRST_PAUSE", 0.001)
+    async with of(store_url, sold_units()) as shop:
+        await fill(shop)
+        pages, failures = shop._parts.pages, [OperationalError("away")] * 4
+        fold = pages.fold
+
+        def failing(*args):
+            outcome = fold(*args)
+            if failures:
+                raise failures.pop()  # what it wrote is written
+            return outcome
+
+        monkeypatch.setattr(pages, "fold", failing)
+        assert await shop.rebuild("sold_units") == Comparison(4, 0, 0, 0)
+        assert failures == []
 
 
 async def test_a_rebuild_says_that_the_database_is_away_and_goes_on_later(

@@ -77,3 +77,21 @@ def test_an_example_serves_in_several_scenarios():
     for key in ("one", "two"):
         scenario(Item, key).given(REGISTERED, LOST).then_state(on_hand=3)
     assert REGISTERED.originator_version == 0
+
+
+def test_events_that_begin_nothing_are_no_beginning():
+    with pytest.raises(AssertionError, match="StockWrittenOff begins no Item: give that first"):
+        scenario(Item).given(LOST)
+
+
+def test_an_action_on_an_aggregate_that_is_not_there_says_so():
+    with pytest.raises(AssertionError, match="there is no Item yet"):
+        scenario(Item).when(lambda item: item.write_off(2, "damaged"))
+    with pytest.raises(AttributeError, match="'int' object"):
+        scenario(Item).when(lambda _: (1).nothing)
+
+
+def test_a_refusal_that_is_not_there_is_told_by_its_name():
+    done = scenario(Item).given(REGISTERED).when(lambda item: item.write_off(2, "damaged"))
+    with pytest.raises(AssertionError, match="expected InsufficientStock, got StockWrittenOff"):
+        done.then_refused(InsufficientStock)
