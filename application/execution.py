@@ -126,6 +126,8 @@ class Execution:
         self._memory = Memory(memory)
         self._writer = Writer(log, platform, access, committed)
         self._loading = Loading(log, mapper, platform, access, snapshots or {})
+        # One at a time, as the keys' store does it: if that is slow, reads have threads left.
+        self._asking_for_keys = asyncio.Lock()
 
     async def __call__(self, dispatch: Dispatch[Any]) -> Outcome:
         """Carry out one command, or a batch."""
@@ -337,7 +339,8 @@ class Execution:
             if not waiting:
                 break
             subjects = {str(event.subject) for _, _, event in waiting}
-            await self._platform.in_thread(self._provide, subjects)
+            async with self._asking_for_keys:
+                await self._platform.in_thread(self._provide, subjects)
             still_waiting = []
             for events, at, event in waiting:
                 try:

@@ -84,7 +84,10 @@ class ForkedRuntimeError(
     owner: int
 
 
-class NotRunningError(InfrastructureError, message="the runtime is not open: use `async with`"):
+class NotRunningError(
+    InfrastructureError,
+    message="the runtime is not open: use `async with`, or `with` if it is blocking",
+):
     """A runtime was used before it was opened, or after it was closed."""
 
 

@@ -9,6 +9,7 @@ import os
 import pickle
 import signal
 import sqlite3
+import threading
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import date
@@ -622,6 +623,28 @@ async def test_commands_and_queries_answer_that_the_keys_are_away(shared_url, mo
             assert runtime.health().parts[0].state == CircuitState.CLOSED.value
         assert await runtime.commands.dispatch(Greet(key="a")) == Ok("Hello Ada Lovelace")
         (await runtime.commands.dispatch(Join(key="c", name="Cem"))).unwrap()
+
+
+async def test_keys_that_are_slow_hold_up_nobody_else(sqlite_url, monkeypatch):
+    async with opened(sqlite_url) as runtime:
+        await fill(runtime)
+    async with opened(sqlite_url, follow=False) as runtime:
+        may_go_on, provide = threading.Event(), runtime._keyring._store.provide
+
+        def slowly(subjects):
+            may_go_on.wait(10)
+            return provide(subjects)
+
+        monkeypatch.setattr(runtime._keyring._store, "provide", slowly)
+        joining = [
+            asyncio.create_task(runtime.commands.dispatch(Join(key=f"n{n}", name="Nan")))
+            for n in range(20)
+        ]
+        await asyncio.sleep(0.1)
+        async with asyncio.timeout(3):  # it has to be read, and needs no new key
+            assert await runtime.commands.dispatch(Greet(key="b")) == Ok("Hello Grace Hopper")
+        may_go_on.set()
+        assert all(answer.is_ok() for answer in await asyncio.gather(*joining))
 
 
 async def test_keys_that_are_away_are_asked_for_once_a_load(sqlite_url, monkeypatch):
