@@ -216,10 +216,10 @@ def invalidating(
 
     `keys` and `tags` name what is cached of the row under a key. It is told after the view has
     passed an event, with a checkpoint of its own, so that a crash in between loses nothing, and
-    waits for a cache that is away. What changes rows without an event, a `retry` or a `rebuild`, it
-    is not told of: clear the cache then, or give what is kept a time to live. A cache in this
-    process is one of many: each process sees to its own. One that processes share is seen to once,
-    with `everywhere=False`.
+    waits for a cache that is away. What changes rows without an event, a `retry` or a `rebuild`,
+    clears the whole cache within about a second, and so does another owner of the view or of this:
+    it may be after one. A cache in this process is one of many: each process sees to its own. One
+    that processes share is seen to once, with `everywhere=False`.
     """
     subscriber = Subscriber(name, needs=(projection,), everywhere=everywhere)
 
@@ -233,6 +233,7 @@ def invalidating(
 
     for event_type in projection.event_types:
         subscriber.on(event_type)(changed)
+    subscriber.renew = cache.clear
     return subscriber
 
 

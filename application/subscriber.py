@@ -59,6 +59,10 @@ class Subscriber:
         self.everywhere = everywhere
         self.key = key
         self._effects: dict[type[Event], Effect[Any]] = {}
+        self.renew: Callable[[], Awaitable[None]] | None = None
+        """What is done when rows of the views that it needs may have changed without an event:
+        after a retry or a rebuild, under another owner, and where the subscriber itself gets one.
+        """
 
     @property
     def event_types(self) -> tuple[type[Event], ...]:

@@ -484,9 +484,11 @@ class Follower:
                 continue
             reach = self._reach(reader)
             is_held_back = reach is not None and reach <= reader.position
-            if not reader.is_due or reader.not_before > now or is_held_back:
-                continue
             work = reader.work
+            is_outdated = isinstance(work, Subscription) and work.is_outdated(self._epochs(work))
+            is_wanted = is_outdated or (reader.is_due and not is_held_back)
+            if not is_wanted or reader.not_before > now:
+                continue
             is_apart = reader.is_alone or not isinstance(work, Fold) or work.process is not None
             groups.setdefault(name if is_apart else reader.position, []).append(reader)
         return list(groups.values())
@@ -500,6 +502,9 @@ class Follower:
         if not all(view.checkpoint.is_built for view in late):
             return 0
         return min((view.position for view in late), default=None)
+
+    def _epochs(self, work: Subscription) -> list[int]:
+        return [self.readers[view.table].checkpoint.epoch for view in work.reader.needs]
 
     def _begin(self, group: Sequence[Followed]) -> None:
         for reader in group:
@@ -563,7 +568,8 @@ class Follower:
         in_thread, pages = self._platform.in_thread, self._pages
         (first, *_) = group
         if isinstance(first.work, Subscription):
-            return await first.work.turn(limit, self._reach(first)), None
+            epochs = self._epochs(first.work)
+            return await first.work.turn(limit, self._reach(first), epochs), None
         folds = [reader.work for reader in group]
         if first.work.process is not None:
             return await in_thread(pages.fold, folds, limit), None

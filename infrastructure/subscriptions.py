@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 from leftfold.application import (
     EventStoreUnavailable,
@@ -38,6 +38,10 @@ NOT_NOW = (
 """What effects raise though nothing is wrong with the event: later it may go well."""
 
 
+Epochs: TypeAlias = Sequence[int]
+"""Of the views that a subscriber needs: another one may mean other rows."""
+
+
 class Subscription:
     """One subscriber as this program tells it: how far it is, which keys are stuck."""
 
@@ -50,6 +54,7 @@ class Subscription:
         self._pages = pages
         self._platform = platform
         self._stuck: set[str] | None = None
+        self._epochs: Epochs | None = None
         self._is_stopping = False
         self._retry = RetryPolicy(
             ATTEMPTS,
@@ -71,11 +76,18 @@ class Subscription:
         """Tell of no more events than the one under way, and that not again if it fails."""
         self._is_stopping = True
 
-    async def turn(self, limit: int, until: int | None = None) -> Outcome:
+    def is_outdated(self, epochs: Epochs) -> bool:
+        """Tell whether rows may have changed without an event since the last turn."""
+        return self.reader.renew is not None and epochs != self._epochs
+
+    async def turn(self, limit: int, until: int | None = None, epochs: Epochs = ()) -> Outcome:
         """Tell of the next events, none beyond a position, and move the checkpoint.
 
         Raises what is `NOT_NOW` if the first of them has to wait.
         """
+        await self._renew(epochs)
+        if until is not None and until <= self.checkpoint.position:
+            return Outcome(0, head=until)
         in_thread, monotonic = self._platform.in_thread, self._platform.monotonic
         page = await in_thread(self._pages.read_for, self, min(limit, AT_ONCE), until)
         stuck = await in_thread(self._stuck_keys)
@@ -105,6 +117,13 @@ class Subscription:
         if end > self.checkpoint.position and not await self._move(end, parked, stuck, page.head):
             return Outcome(told, is_lost=True, head=page.head)
         return Outcome(told, has_more=end < page.head, head=page.head)
+
+    async def _renew(self, epochs: Epochs) -> None:
+        if self.reader.renew is not None and epochs != self._epochs:
+            # What is everywhere begins here, with nothing that could be old.
+            if self._epochs is not None or not self.reader.everywhere:
+                await self.reader.renew()
+            self._epochs = epochs
 
     async def retry(self) -> tuple[int, int]:
         """Tell again of what is parked, in order; return how many went well, and how many stay."""

@@ -11,7 +11,14 @@ import pytest
 from leftfold.application import cached, invalidating
 from leftfold.application.items import GetItem, ItemRow, item_model, item_stock
 from leftfold.domain.items import Item
-from leftfold.infrastructure import InMemoryCache, RedisCache, Runtime, Settings
+from leftfold.infrastructure import (
+    CacheUnavailableError,
+    InMemoryCache,
+    RedisCache,
+    Runtime,
+    Settings,
+)
+from leftfold.infrastructure.items import open_items
 
 pytestmark = pytest.mark.anyio
 
@@ -119,3 +126,69 @@ async def test_what_a_view_has_not_seen_when_the_process_begins_is_told_too(
             return await cache.get("A") is None
 
         await until(is_gone)
+
+
+@pytest.mark.parametrize("mends", [Runtime.retry, Runtime.rebuild])
+@pytest.mark.parametrize("is_another", [False, True])
+async def test_what_changes_rows_without_an_event_clears_the_cache(
+    shared_url, register, mends, is_another
+):
+    cache = InMemoryCache(ItemRow, name="rows")
+    async with opened(shared_url, cache) as shop, open_items(shared_url) as other:
+        written = (await shop.commands.dispatch(register("A", 9))).unwrap()
+        (await shop.catch_up()).unwrap()
+        row = (await shop.queries.dispatch(GetItem(sku="A"), after=written)).unwrap()
+        await asyncio.sleep(0.2)
+        assert await cache.get("A") == row  # to be looked at changes nothing
+        await mends(other if is_another else shop, "item_stock")
+
+        async def is_gone():
+            return await cache.get("A") is None
+
+        await until(is_gone)
+
+
+async def test_a_cache_that_processes_share_is_cleared_too(shared_url, valkey, register):
+    cache = RedisCache(ItemRow, valkey.url, prefix=uuid4().hex)
+    try:
+        async with opened(shared_url, cache, everywhere=False) as shop:
+            written = (await shop.commands.dispatch(register("A", 9))).unwrap()
+            (await shop.catch_up()).unwrap()
+            assert (await shop.queries.dispatch(GetItem(sku="A"), after=written)).is_ok()
+            assert (await cache.get("A")).on_hand == 9
+            await shop.rebuild("item_stock")
+
+            async def is_gone():
+                return await cache.get("A") is None
+
+            await until(is_gone)
+            assert (await shop.queries.dispatch(GetItem(sku="A"))).is_ok()
+            await asyncio.sleep(1.2)  # a look
+            assert (await cache.get("A")).on_hand == 9
+    finally:
+        await cache.close()
+
+
+async def test_a_cache_that_is_away_when_a_view_was_built_anew_is_cleared_later(
+    shared_url, register, monkeypatch
+):
+    cache, failures = InMemoryCache(ItemRow, name="rows"), [CacheUnavailableError("x", "away")] * 3
+    clear = cache.clear
+
+    async def failing():
+        if failures:
+            raise failures.pop()
+        await clear()
+
+    monkeypatch.setattr(cache, "clear", failing)
+    async with opened(shared_url, cache) as shop:
+        written = (await shop.commands.dispatch(register("A", 9))).unwrap()
+        (await shop.catch_up()).unwrap()
+        assert (await shop.queries.dispatch(GetItem(sku="A"), after=written)).is_ok()
+        await shop.rebuild("item_stock")
+
+        async def is_gone():
+            return await cache.get("A") is None
+
+        await until(is_gone)
+        assert failures == []
