@@ -108,6 +108,12 @@ class ViewStopped(
     reason: str
 
 
+class EventPutAside(
+    ViewBehind, message="{projection} has put aside what was written at {wanted}: see dead letters"
+):
+    """A view could not take in a command's event, or one of the same row before it."""
+
+
 class NoHandlerError(LeftfoldError, message="no handler for {name}"):
     """Nothing handles this command or query: an error in the program."""
 

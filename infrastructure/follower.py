@@ -10,7 +10,13 @@ from typing import Any
 
 from eventsourcing.persistence import PersistenceError
 
-from leftfold.application import Projection, ViewBehind, ViewStopped
+from leftfold.application import (
+    EventPutAside,
+    Projection,
+    Receipt,
+    ViewBehind,
+    ViewStopped,
+)
 from leftfold.application.checkpoints import Checkpoint, Comparison, Reader, full_name
 from leftfold.application.ports import Log, Platform, ViewStore
 from leftfold.domain import LeftfoldError
@@ -323,6 +329,22 @@ class Follower:
         self.wake()
         await gathered
         return next((r.behind(position) for r in late if not r.has_seen(position)), None)
+
+    async def put_aside(
+        self, readers: Iterable[Followed], receipt: Receipt, ask: Ask
+    ) -> EventPutAside | None:
+        """Return which of some readers has put what a command wrote aside.
+
+        It goes by the last event of each aggregate. `ask` reads the store, if some have put
+        anything aside.
+        """
+        for reader in readers:
+            if receipt.aggregates and reader.checkpoint.dead_letters and not reader.is_local:
+                for letter in await ask(self._views.dead_letters, reader.reader):
+                    if (letter.aggregate_id, letter.version) in receipt.aggregates:
+                        name, before = reader.reader.name, letter.position - 1
+                        return EventPutAside(name, before, receipt.position)
+        return None
 
     # Looks ------------------------------------------------------------------------------------
 

@@ -138,14 +138,18 @@ class Runtime:
         """Wait until views have seen what a command wrote: the named ones, or all.
 
         Answers `Err(ViewBehind)` after `timeout` seconds (default: the setting `view_timeout`),
-        and `Err(ViewStopped)` at once for a view that cannot go on. Raises `InvalidModelError`
-        for a name that the model does not have.
+        `Err(ViewStopped)` at once for a view that cannot go on, and `Err(EventPutAside)` for one
+        that has put what was written aside. Raises `InvalidModelError` for a name that the model
+        does not have.
         """
-        readers = self._opened.follower.readers
-        if projections is None:
-            return await self._wait(readers.values(), receipt.position, timeout)
-        found = named(readers, tuple(projections))
-        return await self._wait(found, receipt.position, timeout)
+        parts = self._opened
+        readers = parts.follower.readers
+        found = list(readers.values()) if projections is None else named(readers, [*projections])
+        seen = await self._wait(found, receipt.position, timeout)
+        if isinstance(seen, Err):
+            return seen
+        aside = await parts.follower.put_aside(found, receipt, parts.access.read)
+        return seen if aside is None else Err(aside)
 
     async def catch_up(
         self, timeout: float | None = None
@@ -507,9 +511,20 @@ class _Parts:
             with suppress(EventStoreUnavailable):  # it is written, whatever fails now
                 position = await self.access.read(self._store.log.head)
         await self.follower.wait_for(readers, position, self._view_timeout)
-        late = tuple(r.reader.name for r in readers if not r.has_seen(position))
+        late = tuple([r.reader.name for r in readers if await self._lacks(r, position, answers)])
         marked = [replace(a, behind=late) if isinstance(a, Receipt) else a for a in answers]
         return Ok(marked if is_batch else marked[0])
+
+    async def _lacks(self, reader: Followed, position: int, answers: Sequence[object]) -> bool:
+        if not reader.has_seen(position):
+            return True
+        with suppress(EventStoreUnavailable):  # it is written, whatever fails now
+            for answer in answers:
+                if isinstance(answer, Receipt) and await self.follower.put_aside(
+                    [reader], answer, self.access.read
+                ):
+                    return True
+        return False
 
     def _wake(self) -> None:
         self.follower.wake()

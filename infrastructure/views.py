@@ -136,7 +136,9 @@ class FollowedViews:
             seconds = self._timeout
             if patience is not None and patience.timeout is not None:
                 seconds = patience.timeout
-            behind = await self._follower.wait_for([reader], after.position, seconds)
+            follower, read = self._follower, self._access.read
+            behind = await follower.wait_for([reader], after.position, seconds)
+            behind = behind or await follower.put_aside([reader], after, read)
             if behind is not None and patience is None:
                 raise behind
             if behind is not None and patience is not None:

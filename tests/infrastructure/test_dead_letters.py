@@ -12,11 +12,20 @@ import pytest
 from eventsourcing.persistence import JSONTranscoder
 from waiting import until
 
-from leftfold.application import EventMapper, InvalidModelError, Projection, ViewStopped
+from leftfold.application import (
+    Answer,
+    EventMapper,
+    EventPutAside,
+    InvalidModelError,
+    Projection,
+    Query,
+    QueryService,
+    ViewStopped,
+)
 from leftfold.application.items import GetItem, item_model, item_stock
 from leftfold.application.ports import EncodedEvent, Group, Save
-from leftfold.domain import Aggregate, Event, Specification
-from leftfold.domain.items import Item, ItemRegistered, StockReceived, StockSold
+from leftfold.domain import Aggregate, Err, Event, Ok, Specification
+from leftfold.domain.items import Item, ItemError, ItemRegistered, StockReceived, StockSold
 from leftfold.infrastructure import Retried, Runtime, Settings, pages
 from leftfold.infrastructure.errors import TooManyDeadLettersError
 
@@ -91,6 +100,56 @@ async def test_what_cannot_be_folded_is_parked_with_what_follows_of_its_key(
         assert (health(shop).state, health(shop).dead_letters) == ("live", 3)
         assert shop.health().is_healthy
         assert (await shop.queries.dispatch(GetItem(sku="A"))).unwrap().units_sold == 17
+
+
+async def test_who_asks_for_what_was_put_aside_is_told(store_url, register, sell):
+    fault = Fault(7)
+    view = sales(fault)
+
+    class Sold(Query[int, ItemError]):
+        sku: str
+
+    class Ask(QueryService):
+        def handlers(self):
+            yield Sold.handled_by(self.sold)
+
+        async def sold(self, query):
+            row = await self.views.get(view, Item.id_of(query.sku).hex)
+            return Ok(row.sold)
+
+    model = replace(item_model, projections=(view,), queries=(Ask,))
+    async with Runtime(model, store_url) as shop:
+        first = (await shop.commands.dispatch(register("A", 100))).unwrap()
+        (await shop.commands.dispatch(register("B", 100))).unwrap()
+        receipts = {}
+        for sku, quantity in (("A", 1), ("A", 7), ("A", 2), ("B", 3)):
+            answer = await shop.commands.dispatch(sell(sku, quantity), consistency=["sales"])
+            receipts[sku, quantity] = answer.unwrap()
+        for parked in (("A", 7), ("A", 2)):
+            receipt = receipts[parked]
+            told = EventPutAside("sales", receipt.position - 1, receipt.position)
+            assert receipt.behind == ("sales",)
+            assert await shop.queries.dispatch(Sold(sku="A"), after=receipt) == Err(told)
+            assert await shop.wait_for(receipt) == Err(told)
+            assert await shop.queries.answer(Sold(sku="A"), after=receipt) == Ok(Answer(1, 1))
+        for seen in (first, receipts["A", 1], receipts["B", 3]):
+            assert seen.behind == ()
+            assert (await shop.queries.dispatch(Sold(sku="B"), after=seen)) == Ok(3)
+            assert await shop.wait_for(seen) == Ok(None)
+        assert await shop.queries.dispatch(Sold(sku="A")) == Ok(1)
+        fault.quantities.clear()
+        assert (await shop.retry("sales")).released == 2
+        assert await shop.queries.dispatch(Sold(sku="A"), after=receipts["A", 2]) == Ok(10)
+        assert await shop.wait_for(receipts["A", 7]) == Ok(None)
+
+
+async def test_who_asks_another_process_for_what_was_put_aside_is_told(shared_url, register, sell):
+    view = sales(Fault(7))
+    async with opened(shared_url, view) as shop, opened(shared_url, view, follow=False) as other:
+        await shop.commands.dispatch(register("A", 100))
+        receipt = (await other.commands.dispatch(sell("A", 7))).unwrap()
+        told = EventPutAside("sales", receipt.position - 1, receipt.position)
+        assert await other.wait_for(receipt) == Err(told)
 
 
 async def test_the_error_of_a_dead_letter_quotes_nothing(store_url, register, sell):
