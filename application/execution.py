@@ -339,8 +339,8 @@ class Execution:
             if not waiting:
                 break
             subjects = {str(event.subject) for _, _, event in waiting}
-            async with self._asking_for_keys:
-                await self._platform.in_thread(self._provide, subjects)
+            # Who gives up meanwhile leaves a thread that is still at it.
+            await asyncio.shield(self._platform.spawn(self._have_keys(subjects)))
             still_waiting = []
             for events, at, event in waiting:
                 try:
@@ -356,6 +356,10 @@ class Execution:
             answer = None if is_receipt else _dump_answer(part, value, self._mapper.keys, recorded)
             saves.append(Save(part.command_id, part.name, events, tuple(versions.items()), answer))
         return saves
+
+    async def _have_keys(self, subjects: Iterable[str]) -> None:
+        async with self._asking_for_keys:
+            await self._platform.in_thread(self._provide, subjects)
 
     def _provide(self, subjects: Iterable[str]) -> None:
         if self._mapper.keys is not None:
@@ -389,7 +393,7 @@ class Execution:
                 if found:
                     raise _Again({**known, **found})
                 versions = {i: v for each in staged for i, v in each.versions.items()}
-                return Err(Conflict((*versions.items(), *looked_at)))
+                return Err(Conflict(tuple({**versions, **dict(looked_at)}.items())))
             case Failed(reason, in_doubt=False, is_refusal=is_refusal, refusal=refused):
                 unit.believed = Believed.BEFORE
                 unknown = Unstorable(reason) if is_refusal else EventStoreUnavailable(reason)

@@ -187,7 +187,7 @@ class Projection(Generic[R]):
 
     @property
     def _code(self) -> str:
-        """Tells whether the functions are the same, but for those that they call."""
+        """Tells whether the functions are the same, and those of their module that they name."""
         functions = (self.key, self.keys, *self._evolve.values())
         return digest(part for function in functions for part in code_of(function))
 

@@ -130,7 +130,7 @@ class Aggregate(eventsourcing.domain.Aggregate):
         cls.TOPIC, cls.EVENTS = topic, events
         for event in events:
             if issubclass(event, Created):
-                begun = getattr(event, "aggregate_type", cls)
+                begun = vars(event).get("aggregate_type", cls)
                 if topic != begun.TOPIC:  # a notebook may define the same class again
                     reason = f"{event.__name__} begins {begun.__name__} already"
                     raise InvalidAggregateError(cls.__name__, reason)

@@ -121,7 +121,7 @@ class BlockingRuntime:
         receipt: Receipt,
         projections: Iterable[str] | None = None,
         timeout: float | None = None,
-    ) -> Result[None, ViewBehind]:
+    ) -> Result[None, ViewBehind | EventStoreUnavailable]:
         """Wait until views have seen what a command wrote; see `Runtime.wait_for`."""
         return self.call(lambda: self.runtime.wait_for(receipt, projections, timeout))
 

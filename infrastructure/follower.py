@@ -331,19 +331,22 @@ class Follower:
         return next((r.behind(position) for r in late if not r.has_seen(position)), None)
 
     async def put_aside(
-        self, readers: Iterable[Followed], receipt: Receipt, ask: Ask
+        self, readers: Iterable[Followed], receipts: Sequence[Receipt], ask: Ask
     ) -> EventPutAside | None:
-        """Return which of some readers has put what a command wrote aside.
+        """Return which of some views has put what commands wrote aside.
 
-        It goes by the last event of each aggregate. `ask` reads the store, if some have put
-        anything aside.
+        It goes by the last event of each aggregate of theirs, and by their last of all. `ask`
+        reads the store, if some have put anything aside.
         """
+        last = {pair for receipt in receipts for pair in receipt.aggregates}
+        positions = {receipt.position for receipt in receipts}
         for reader in readers:
-            if receipt.aggregates and reader.checkpoint.dead_letters and not reader.is_local:
-                for letter in await ask(self._views.dead_letters, reader.reader):
-                    if (letter.aggregate_id, letter.version) in receipt.aggregates:
-                        name, before = reader.reader.name, letter.position - 1
-                        return EventPutAside(name, before, receipt.position)
+            if not reader.checkpoint.dead_letters or not isinstance(reader.work, Fold):
+                continue
+            for letter in await ask(self._views.dead_letters, reader.reader):
+                at = letter.position
+                if at in positions or (letter.aggregate_id, letter.version) in last:
+                    return EventPutAside(reader.reader.name, at - 1, max(positions))
         return None
 
     # Looks ------------------------------------------------------------------------------------

@@ -134,13 +134,13 @@ class Runtime:
         receipt: Receipt,
         projections: Iterable[str] | None = None,
         timeout: float | None = None,
-    ) -> Result[None, ViewBehind]:
+    ) -> Result[None, ViewBehind | EventStoreUnavailable]:
         """Wait until views have seen what a command wrote: the named ones, or all.
 
         Answers `Err(ViewBehind)` after `timeout` seconds (default: the setting `view_timeout`),
         `Err(ViewStopped)` at once for a view that cannot go on, and `Err(EventPutAside)` for one
-        that has put what was written aside. Raises `InvalidModelError` for a name that the model
-        does not have.
+        that has put what was written aside; `Err(EventStoreUnavailable)` if that cannot be asked.
+        Raises `InvalidModelError` for a name that the model does not have.
         """
         parts = self._opened
         readers = parts.follower.readers
@@ -148,7 +148,10 @@ class Runtime:
         seen = await self._wait(found, receipt.position, timeout)
         if isinstance(seen, Err):
             return seen
-        aside = await parts.follower.put_aside(found, receipt, parts.access.read)
+        try:
+            aside = await parts.follower.put_aside(found, [receipt], parts.access.read)
+        except EventStoreUnavailable as error:
+            return Err(error)
         return seen if aside is None else Err(aside)
 
     async def catch_up(
@@ -511,19 +514,17 @@ class _Parts:
             with suppress(EventStoreUnavailable):  # it is written, whatever fails now
                 position = await self.access.read(self._store.log.head)
         await self.follower.wait_for(readers, position, self._view_timeout)
-        late = tuple([r.reader.name for r in readers if await self._lacks(r, position, answers)])
+        receipts = [answer for answer in answers if isinstance(answer, Receipt)]
+        late = tuple([r.reader.name for r in readers if await self._lacks(r, position, receipts)])
         marked = [replace(a, behind=late) if isinstance(a, Receipt) else a for a in answers]
         return Ok(marked if is_batch else marked[0])
 
-    async def _lacks(self, reader: Followed, position: int, answers: Sequence[object]) -> bool:
+    async def _lacks(self, reader: Followed, position: int, receipts: Sequence[Receipt]) -> bool:
         if not reader.has_seen(position):
             return True
         with suppress(EventStoreUnavailable):  # it is written, whatever fails now
-            for answer in answers:
-                if isinstance(answer, Receipt) and await self.follower.put_aside(
-                    [reader], answer, self.access.read
-                ):
-                    return True
+            aside = await self.follower.put_aside([reader], receipts, self.access.read)
+            return aside is not None
         return False
 
     def _wake(self) -> None:

@@ -87,7 +87,7 @@ class Subscription:
         """
         await self._renew(epochs)
         if until is not None and until <= self.checkpoint.position:
-            return Outcome(0, head=until)
+            return Outcome(0, has_more=True, head=until)  # when the views have got on
         in_thread, monotonic = self._platform.in_thread, self._platform.monotonic
         page = await in_thread(self._pages.read_for, self, min(limit, AT_ONCE), until)
         stuck = await in_thread(self._stuck_keys)
@@ -122,7 +122,12 @@ class Subscription:
         if self.reader.renew is not None and epochs != self._epochs:
             # What is everywhere begins here, with nothing that could be old.
             if self._epochs is not None or not self.reader.everywhere:
-                await self.reader.renew()
+                try:
+                    await self.reader.renew()
+                except NOT_NOW:
+                    raise
+                except Exception as error:  # noqa: BLE001 - whatever effects raise
+                    _log.error("%s does not begin anew: %s", self.reader.name, described(error))
             self._epochs = epochs
 
     async def retry(self) -> tuple[int, int]:

@@ -209,18 +209,20 @@ class _Rebuild:
         self._limit = REBUILD
 
     async def run(self) -> Comparison:
-        """Fold until both are equally far, and take over; wait while the store is away.
+        """Fold until both are equally far, and take over; go on where the store fails meanwhile.
 
         A page that was written although it seemed to fail is seen at the next look.
         """
         await self._begin()
-        failures = 0
+        failures, reached = 0, 0
         for _ in range(TRIES):
             try:
                 live = await self._in_thread(self._look)
                 await self._get_to(live.position)
             except EventStoreUnavailable:
-                failures += 1
+                has_moved = self._fold.checkpoint.position > reached
+                failures = 1 if has_moved else failures + 1
+                reached = self._fold.checkpoint.position
                 if failures == ATTEMPTS:
                     raise
                 self._limit = max(1, self._limit // 2)  # a page may have taken too long

@@ -138,7 +138,7 @@ class FollowedViews:
                 seconds = patience.timeout
             follower, read = self._follower, self._access.read
             behind = await follower.wait_for([reader], after.position, seconds)
-            behind = behind or await follower.put_aside([reader], after, read)
+            behind = behind or await follower.put_aside([reader], [after], read)
             if behind is not None and patience is None:
                 raise behind
             if behind is not None and patience is not None:

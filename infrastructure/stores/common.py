@@ -182,13 +182,17 @@ def is_written(verdict: Verdict) -> bool:
     return isinstance(verdict, Committed)
 
 
-def refused(error: Exception) -> Failed:
-    """Return the verdict on events that an inline view, or code of its own, does not take."""
-    if not isinstance(error, LeftfoldError):
-        _log.error("an inline view takes events of a command amiss", exc_info=error)
-        return Failed(type(error).__name__, is_refusal=True)
+def refused(error: LeftfoldError) -> Failed:
+    """Return the verdict on events that an inline view does not take."""
     refusal = error if isinstance(error, DispatchError) else None
     return Failed(str(error), is_refusal=True, refusal=refusal)
+
+
+def failing(error: Exception, run: Run) -> list[Verdict]:
+    """Return the verdicts on events with which an inline view's own statements fail."""
+    if len(run.groups) == 1:  # now it is known whose fault it is
+        _log.error("what is written with a command's events fails", exc_info=error)
+    return [Failed(type(error).__name__, is_refusal=True)] * len(run.groups)
 
 
 def check_unchanged(reader: Reader, columns: str, found: tuple[str, str]) -> None:

@@ -50,6 +50,7 @@ from leftfold.infrastructure.stores.common import (
     Run,
     commit_in_runs,
     encoded,
+    failing,
     load_aggregates,
     refused,
 )
@@ -159,7 +160,7 @@ class PostgresLog(PostgresEvents, Notifying, PostgresProcessRecorder):
         except Exception as error:
             if self.inline is None:
                 raise
-            return [refused(error)] * len(run.groups)
+            return failing(error, run)
 
     def write(self, connection: psycopg.Connection[Any], run: Run) -> list[Verdict]:
         """Write what may be written, and what inline views make of it."""

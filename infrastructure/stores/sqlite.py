@@ -54,6 +54,7 @@ from leftfold.infrastructure.stores.common import (
     commit_in_runs,
     dump_aggregates,
     encoded,
+    failing,
     load_aggregates,
     refused,
 )
@@ -204,7 +205,7 @@ class SQLiteLog(SQLiteEvents, Notifying, SQLiteProcessRecorder):
         except Exception as error:
             if self.inline is None:
                 raise
-            return [refused(error)] * len(run.groups)
+            return failing(error, run)
 
     def write(self, connection: sqlite3.Connection, run: Run) -> list[Verdict]:
         """Write what may be written in a transaction, and what inline views make of it."""

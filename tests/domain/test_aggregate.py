@@ -200,6 +200,23 @@ def test_an_event_begins_aggregates_of_one_class_only():
     assert type(Account.begin(Opened(), "1")) is Account
 
 
+def test_a_first_event_may_be_of_the_kind_of_anothers():
+    class Opened(Created, topic="test.opened"):
+        pass
+
+    class SavingsOpened(Opened, topic="test.savings.opened"):
+        pass
+
+    class Account(Aggregate, topic="test.account", events=(Opened,)):
+        pass
+
+    class Savings(Aggregate, topic="test.savings", events=(SavingsOpened,)):
+        pass
+
+    assert type(Account.begin(Opened(), "1")) is Account
+    assert type(Savings.begin(SavingsOpened(), "1")) is Savings
+
+
 def test_a_class_may_be_defined_again_with_the_same_events():
     class Opened(Created, topic="test.opened"):
         def apply(self, account):

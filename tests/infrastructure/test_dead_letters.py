@@ -20,6 +20,7 @@ from leftfold.application import (
     Projection,
     Query,
     QueryService,
+    Receipt,
     ViewStopped,
 )
 from leftfold.application.items import GetItem, item_model, item_stock
@@ -127,6 +128,8 @@ async def test_who_asks_for_what_was_put_aside_is_told(store_url, register, sell
             receipts[sku, quantity] = answer.unwrap()
         for parked in (("A", 7), ("A", 2)):
             receipt = receipts[parked]
+            travelled = Receipt.at(receipt.position)
+            assert await shop.wait_for(travelled) == await shop.wait_for(receipt)
             told = EventPutAside("sales", receipt.position - 1, receipt.position)
             assert receipt.behind == ("sales",)
             assert await shop.queries.dispatch(Sold(sku="A"), after=receipt) == Err(told)

@@ -172,7 +172,7 @@ async def test_a_cache_that_processes_share_is_cleared_too(shared_url, valkey, r
 async def test_a_cache_that_is_away_when_a_view_was_built_anew_is_cleared_later(
     shared_url, register, monkeypatch
 ):
-    cache, failures = InMemoryCache(ItemRow, name="rows"), [CacheUnavailableError("x", "away")] * 3
+    cache, failures = InMemoryCache(ItemRow, name="rows"), []
     clear = cache.clear
 
     async def failing():
@@ -185,6 +185,7 @@ async def test_a_cache_that_is_away_when_a_view_was_built_anew_is_cleared_later(
         written = (await shop.commands.dispatch(register("A", 9))).unwrap()
         (await shop.catch_up()).unwrap()
         assert (await shop.queries.dispatch(GetItem(sku="A"), after=written)).is_ok()
+        failures += [CacheUnavailableError("x", "away")] * 3
         await shop.rebuild("item_stock")
 
         async def is_gone():
@@ -192,3 +193,30 @@ async def test_a_cache_that_is_away_when_a_view_was_built_anew_is_cleared_later(
 
         await until(is_gone)
         assert failures == []
+
+
+async def test_a_cache_that_cannot_be_cleared_is_seen_to_event_by_event_all_the_same(
+    shared_url, register, sell, monkeypatch, caplog
+):
+    cache = InMemoryCache(ItemRow, name="rows")
+
+    async def failing():
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cache, "clear", failing)
+    async with opened(shared_url, cache) as shop:
+        written = (await shop.commands.dispatch(register("A", 9))).unwrap()
+        (await shop.catch_up()).unwrap()
+        await shop.rebuild("item_stock")
+
+        async def is_said():
+            return "rows_of_items does not begin anew: ZeroDivisionError" in caplog.text
+
+        await until(is_said)
+        assert (await shop.queries.dispatch(GetItem(sku="A"), after=written)).is_ok()
+        await shop.commands.dispatch(sell("A"))
+
+        async def is_gone():
+            return await cache.get("A") is None
+
+        await until(is_gone)
