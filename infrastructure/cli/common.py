@@ -91,5 +91,5 @@ def complete(work: Coroutine[Any, Any, T]) -> T:
     # This process is all leftfold's: events come and go by the hundred thousand, in no cycles.
     gc.collect()
     gc.freeze()
-    gc.set_threshold(1_000_000, 50, 100)  # more than a page or a batch is at one time
+    gc.set_threshold(100_000, 50, 100)
     return asyncio.run(work)
