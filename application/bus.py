@@ -101,7 +101,7 @@ async def handle(dispatch: Dispatch[Any]) -> Outcome:
 def checked(dispatch: Dispatch[Any], answer: Outcome) -> Outcome:
     """Pass a result on. Raises `InvalidAnswerError` for anything else."""
     if not isinstance(answer, (Ok, Err)):
-        raise InvalidAnswerError(dispatch.name, type(answer).__name__)
+        raise InvalidAnswerError(dispatch.name, f"{type(answer).__name__}, neither Ok nor Err")
     return answer
 
 

@@ -120,14 +120,12 @@ class NoHandlerError(LeftfoldError, message="no handler for {name}"):
     name: str
 
 
-class InvalidAnswerError(
-    LeftfoldError, message="the handler of {name} answered {answer}, neither Ok nor Err"
-):
-    """A handler answered something else than a result: an error in the program."""
+class InvalidAnswerError(LeftfoldError, message="the handler of {name} answered {answer}"):
+    """A handler answered no result, or one that cannot be given again: an error in the program."""
 
     name: str
     answer: str
-    """The answer's type."""
+    """What is wrong with it, without its value."""
 
 
 class AlreadyHandledError(LeftfoldError, message="{name} has a handler already"):

@@ -393,7 +393,7 @@ class Execution:
                 if found:
                     raise _Again({**known, **found})
                 versions = {i: v for each in staged for i, v in each.versions.items()}
-                return Err(Conflict(tuple({**versions, **dict(looked_at)}.items())))
+                return Err(Conflict(tuple((versions | dict(looked_at)).items())))
             case Failed(reason, in_doubt=False, is_refusal=is_refusal, refusal=refused):
                 unit.believed = Believed.BEFORE
                 unknown = Unstorable(reason) if is_refusal else EventStoreUnavailable(reason)
@@ -471,12 +471,12 @@ def _parted(error: BaseException) -> tuple[Wanted, list[BaseException]]:
 
 def _refusal_of(errors: Sequence[BaseException]) -> DomainError | DispatchError:
     """Return the first of several refusals. Raises what is none."""
+    refusals: list[DomainError | DispatchError] = []
     for error in errors:
         if not isinstance(error, (DomainError, DispatchError)):
             raise error
-    refusal = errors[0]
-    assert isinstance(refusal, (DomainError, DispatchError))  # noqa: S101 - as all of them
-    return refusal
+        refusals.append(error)
+    return refusals[0]
 
 
 def _dump_answer(
@@ -511,7 +511,7 @@ def _answer_again(part: Dispatch[Any], first: RecordedCommand, keys: Keys | None
     try:
         return _answer_type(part).validate_json(first.answer, context=keys)
     except ValidationError:  # without it: it quotes the answer
-        raise InvalidAnswerError(part.name, "what another release had answered") from None
+        raise InvalidAnswerError(part.name, "in another release what this cannot read") from None
 
 
 def _answer_type(part: Dispatch[Any]) -> TypeAdapter[Any]:

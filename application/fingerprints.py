@@ -24,7 +24,7 @@ def code_of(function: Any) -> Iterator[str]:
         return
     found = [function]
     for each in found:  # which grows
-        yield from _code(each.__code__)
+        yield from _code(each)
         yield _text((each.__defaults__, each.__kwdefaults__))
         for cell in each.__closure__ or ():
             yield _text(cell.cell_contents)
@@ -41,26 +41,25 @@ def digest(parts: Iterable[str]) -> str:
 
 def _named_by(function: FunctionType) -> list[FunctionType]:
     """Return the functions of a function's own module that it names, each once."""
-    named = map(function.__globals__.get, dict.fromkeys(_names(function.__code__)))
+    names = dict.fromkeys(name for code in _codes(function.__code__) for name in code.co_names)
+    named = map(function.__globals__.get, names)
     module = function.__module__
     return [n for n in named if isinstance(n, FunctionType) and n.__module__ == module]
 
 
-def _names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names(constant)
+def _code(function: FunctionType) -> Iterator[str]:
+    for code in _codes(function.__code__):
+        yield code.co_code.hex()
+        yield _text(code.co_names)
+        yield from (_text(c) for c in code.co_consts if not isinstance(c, CodeType))
 
 
-def _code(code: CodeType) -> Iterator[str]:
-    yield code.co_code.hex()
-    yield _text(code.co_names)
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """Yield code and what is defined in it."""
+    yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _code(constant)
-        else:
-            yield _text(constant)
+            yield from _codes(constant)
 
 
 def _text(value: object) -> str:

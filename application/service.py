@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from enum import Enum
-from threading import get_ident  # noqa: TID251 - no thread is started: handlers have theirs
+from threading import get_ident  # noqa: TID251 - starts no thread: it tells those of handlers
 from typing import Any, ClassVar, Protocol, TypeVar
 from uuid import UUID, uuid4
 

@@ -173,7 +173,7 @@ class Aggregate(eventsourcing.domain.Aggregate):
 
     @classmethod
     def _check_named(cls, event: Event) -> None:
-        if type(event) not in cls.EVENTS:  # it could be stored, but not read
+        if type(event) not in cls.EVENTS:  # else it shows at the commit, or at a replay
             reason = f"{type(event).__name__} is not among its events"
             raise InvalidAggregateError(cls.__name__, reason)
 

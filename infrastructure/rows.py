@@ -267,10 +267,8 @@ def _compiled(
 
     A call for each value would take most of the time of a page.
     """
-    checks, encoded = (
-        [f"'\\0' in key or not key.isascii() or len(key) > {LONGEST_KEY}"],
-        list[str](),
-    )
+    checks = [f"'\\0' in key or not key.isascii() or len(key) > {LONGEST_KEY}"]
+    encoded: list[str] = []
     for index, (kind, encode) in enumerate(zip(types_found, encoders, strict=True)):
         name = f"v{index}"
         if kind is types.NoneType or encode is same:

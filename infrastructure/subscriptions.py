@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -119,16 +119,15 @@ class Subscription:
         return Outcome(told, has_more=end < page.head, head=page.head)
 
     async def _renew(self, epochs: Epochs) -> None:
-        if self.reader.renew is not None and epochs != self._epochs:
-            # What is everywhere begins here, with nothing that could be old.
-            if self._epochs is not None or not self.reader.everywhere:
-                try:
-                    await self.reader.renew()
-                except NOT_NOW:
-                    raise
-                except Exception as error:  # noqa: BLE001 - whatever effects raise
-                    _log.error("%s does not begin anew: %s", self.reader.name, described(error))
-            self._epochs = epochs
+        renew = self.reader.renew
+        if renew is None or not self.is_outdated(epochs):
+            return
+        # What is everywhere begins here, with nothing that could be old.
+        if self._epochs is not None or not self.reader.everywhere:
+            error = await self._attempt(renew())
+            if error is not None:
+                _log.error("%s does not begin anew: %s", self.reader.name, error)
+        self._epochs = epochs
 
     async def retry(self) -> tuple[int, int]:
         """Tell again of what is parked, in order; return how many went well, and how many stay."""
@@ -198,10 +197,18 @@ class Subscription:
             return described(event.error) if event.concerns(self.topics) else None
         if not self.reader.is_of(event):
             return None
+        return await self._attempt(self._told(event, stuck))
+
+    async def _told(self, event: Any, stuck: set[str]) -> str | None:
+        if self._key_of(event) in stuck:
+            return ""
+        await self._retry.call(self.reader.tell, event, self._platform.in_own_thread)
+        return None
+
+    async def _attempt(self, effect: Awaitable[str | None]) -> str | None:
+        """Return what an effect says, or why it failed. Raises what is `NOT_NOW`."""
         try:
-            if self._key_of(event) in stuck:
-                return ""
-            await self._retry.call(self.reader.tell, event, self._platform.in_own_thread)
+            return await effect
         except NOT_NOW:
             raise
         except asyncio.CancelledError as error:
@@ -211,7 +218,6 @@ class Subscription:
             return described(error)  # it is what the effect waits for that was cancelled
         except Exception as error:  # noqa: BLE001 - whatever effects raise
             return described(error)
-        return None
 
     def _dead_letter(self, at: LoggedEvent, event: Any, error: str) -> DeadLetter:
         key = at.aggregate_id.hex

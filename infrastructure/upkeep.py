@@ -35,6 +35,7 @@ from leftfold.infrastructure.pages import (
     fault_of,
     is_poison,
 )
+from leftfold.infrastructure.resilience import RetryPolicy
 from leftfold.infrastructure.subscriptions import Subscription
 
 T = TypeVar("T")
@@ -44,7 +45,7 @@ REBUILD = 5_000
 RENEWAL = 1.0
 """Seconds that such a page may take at most: then its lease is renewed."""
 ATTEMPTS = 6
-"""To go on, in a row, with a store that fails; they take some three seconds."""
+"""Of a step of a rebuild where the store fails; they take some two seconds."""
 TRIES = 1_000
 """To find a view and the one beside it equally far."""
 
@@ -207,28 +208,26 @@ class _Rebuild:
         self._owner = platform.new_id().hex
         self._held_at = 0.0
         self._limit = REBUILD
+        self._retry = RetryPolicy(
+            ATTEMPTS,
+            FIRST_PAUSE,
+            FIRST_PAUSE,
+            retry_on=EventStoreUnavailable,
+            clock=platform.monotonic,
+            random=platform.random,
+            sleep=platform.sleep,
+        )
+
+    async def _persistently(self, function: Callable[..., T], *args: Any) -> T:
+        """Call what may be done twice: a page that was written is seen at the next look."""
+        return await self._retry.call(self._in_thread, function, *args)
 
     async def run(self) -> Comparison:
-        """Fold until both are equally far, and take over; go on where the store fails meanwhile.
-
-        A page that was written although it seemed to fail is seen at the next look.
-        """
+        """Fold until both are equally far, and take over."""
         await self._begin()
-        failures, reached = 0, 0
         for _ in range(TRIES):
-            try:
-                live = await self._in_thread(self._look)
-                await self._get_to(live.position)
-            except EventStoreUnavailable:
-                has_moved = self._fold.checkpoint.position > reached
-                failures = 1 if has_moved else failures + 1
-                reached = self._fold.checkpoint.position
-                if failures == ATTEMPTS:
-                    raise
-                self._limit = max(1, self._limit // 2)  # a page may have taken too long
-                await self._platform.sleep(FIRST_PAUSE * 2**failures)
-                continue
-            failures = 0
+            live = await self._persistently(self._look)
+            await self._get_to(live.position)
             if self._fold.checkpoint.position == live.position:
                 compared: Comparison | None = await self._in_thread(
                     self._views.take_over, self._projection, self._anew
@@ -284,8 +283,8 @@ class _Rebuild:
         while fold.checkpoint.position < position:
             began = self._platform.monotonic()
             if began - self._held_at > RENEWED:
-                await self._in_thread(self._hold)
-            outcome: Outcome = await self._in_thread(
+                await self._persistently(self._hold)
+            outcome: Outcome = await self._persistently(
                 self._pages.fold, [fold], self._limit, position
             )
             if outcome.is_lost:

@@ -243,7 +243,9 @@ def follow(
 
 @app.command()
 def forget(
-    subject: Annotated[str, typer.Argument(help="Whom: a customer's id, as sales name it.")],
+    subject: Annotated[
+        str, typer.Argument(help="Whom, as events name it: of the shop a customer's id.")
+    ],
     store: Store,
     keys: Keys = "",
     model: Named = "",
