@@ -130,15 +130,12 @@ def survey(path: Path, copy: io.BufferedIOBase | None = None) -> Survey:
             product = found.products[row.code] = Product(row.at)
         # Sold goods leave and returned ones, whose quantity is negative, come back.
         product.stock += -row.quantity if row.kind in {"sale", "return"} else row.quantity
-        if product.stock < -product.opening_stock:
-            product.opening_stock = -product.stock
-            if product.opening_stock > MAX_STOCK:
-                reason = f"{row.code} would need an opening stock of {product.opening_stock}"
-                raise DamagedFileError(path.name, row.line, reason)
-        if not product.name:
-            product.name = row.description.strip()
-        if not product.unit_price:
-            product.unit_price = row.price
+        product.opening_stock = max(product.opening_stock, -product.stock)
+        if product.opening_stock > MAX_STOCK:
+            reason = f"{row.code} would need an opening stock of {product.opening_stock}"
+            raise DamagedFileError(path.name, row.line, reason)
+        product.name = product.name or row.description.strip()
+        product.unit_price = product.unit_price or row.price
     found.digest = digest.hexdigest()
     return found
 

@@ -15,7 +15,9 @@ import psycopg
 import pytest
 import typer
 
+import leftfold.application
 import leftfold.domain
+from leftfold.application import DispatchError
 from leftfold.application.items import item_model
 from leftfold.infrastructure import Settings
 from leftfold.infrastructure.items import open_items
@@ -121,6 +123,18 @@ def test_the_links_of_a_page_lead_somewhere(page):
 def test_the_files_that_a_page_names_exist(page):
     for path in SOURCE.findall(page.read_text(encoding="utf-8")):
         assert (ROOT / path).is_file(), path
+
+
+def test_the_guide_says_what_to_do_about_each_failure():
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    table = guide.partition("## Failures\n")[2].partition("\n## ")[0]
+    answers = {
+        name
+        for name, kind in vars(leftfold.application).items()
+        if isinstance(kind, type) and issubclass(kind, DispatchError) and kind is not DispatchError
+    }
+    assert set(re.findall(r"`([A-Z]\w+)`(?=[^|]*\| )", table)) >= answers
+    assert answers >= {"Conflict", "EventPutAside", "OutcomeUnknown"}
 
 
 @every_page

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
+from types import new_class
 from typing import ClassVar
 from uuid import UUID
 
@@ -184,52 +185,35 @@ def test_an_attribute_without_an_annotation_is_not_lost_silently_in_a_snapshot()
         Slip.Snapshot.take(slip)
 
 
+def begun_by(event, name):
+    """Define a class of aggregates."""
+    return new_class(name, (Aggregate,), {"topic": f"test.{name}", "events": (event,)})
+
+
+class Opened(Created, topic="test.opened"):
+    pass
+
+
+class SavingsOpened(Opened, topic="test.savings.opened"):
+    pass
+
+
 def test_an_event_begins_aggregates_of_one_class_only():
-    class Opened(Created, topic="test.opened"):
-        def apply(self, account):
-            account.balance = 0
-
-    class Account(Aggregate, topic="test.account", events=(Opened,)):
-        balance: int
-
-    with pytest.raises(InvalidAggregateError, match="Savings: Opened begins Account already"):
-
-        class Savings(Account, topic="test.savings", events=(Opened,)):
-            pass
-
-    assert type(Account.begin(Opened(), "1")) is Account
+    account = begun_by(Opened, "account")
+    with pytest.raises(InvalidAggregateError, match="savings: Opened begins account already"):
+        begun_by(Opened, "savings")
+    assert type(account.begin(Opened(), "1")) is account
 
 
 def test_a_first_event_may_be_of_the_kind_of_anothers():
-    class Opened(Created, topic="test.opened"):
-        pass
-
-    class SavingsOpened(Opened, topic="test.savings.opened"):
-        pass
-
-    class Account(Aggregate, topic="test.account", events=(Opened,)):
-        pass
-
-    class Savings(Aggregate, topic="test.savings", events=(SavingsOpened,)):
-        pass
-
-    assert type(Account.begin(Opened(), "1")) is Account
-    assert type(Savings.begin(SavingsOpened(), "1")) is Savings
+    account, savings = begun_by(Opened, "account"), begun_by(SavingsOpened, "savings")
+    assert type(account.begin(Opened(), "1")) is account
+    assert type(savings.begin(SavingsOpened(), "1")) is savings
 
 
 def test_a_class_may_be_defined_again_with_the_same_events():
-    class Opened(Created, topic="test.opened"):
-        def apply(self, account):
-            account.balance = 0
-
-    def define():
-        class Account(Aggregate, topic="test.account", events=(Opened,)):
-            balance: int
-
-        return Account
-
-    define()
-    again = define()
+    begun_by(Opened, "account")
+    again = begun_by(Opened, "account")
     assert type(again.begin(Opened(), "1")) is again
 
 

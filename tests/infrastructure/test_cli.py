@@ -28,6 +28,7 @@ from leftfold.application.items import (
 from leftfold.application.ports import EncodedEvent, Group, Save
 from leftfold.domain.items import NeedsReorder
 from leftfold.infrastructure import Runtime, Settings
+from leftfold.infrastructure.cli.app import _following
 from leftfold.infrastructure.items import open_items
 from leftfold.infrastructure.retail import HEADER
 from leftfold.infrastructure.simulation import write_shop
@@ -791,13 +792,22 @@ def test_a_model_of_ones_own_is_seen_to_as_the_shops_is(bank):
     (listed,) = told("projections")
     assert (listed["name"], listed["position"], listed["dead_letters"]) == ("balances", 4, 2)
     assert [letter["topic"] for letter in told("dead-letters", "balances")] == ["bank.paid"] * 2
+    retried = leftfold("retry", "balances", "--model", "bank:bank", "--json", store=bank)
+    assert (retried.returncode, json.loads(retried.stdout)) == (1, {"released": 0, "kept": 2})
     assert told("dead-letters", "balances", "--drop-all") == {"dropped": 2}
+    assert told("forget", "nobody") == {"forgotten": False}
     assert told("purge") == {"purged": 0}
     assert told("graph")["nodes"] == {"Accounts": "bank:Accounts"}
     with started(bank, "follow", "--model", "bank:bank") as follower:
         until(lambda: is_followed(bank))
         follower.terminate()
         assert follower.wait(20) in {0, 143, -signal.SIGTERM}
+
+
+def test_an_import_has_the_shop_followed_whatever_model_is_set(shop, monkeypatch):
+    monkeypatch.setenv("LEFTFOLD_MODEL", "nowhere:model")
+    with _following(shop):
+        until(lambda: is_followed(shop))
 
 
 @pytest.mark.parametrize(

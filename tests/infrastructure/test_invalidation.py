@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from time import sleep
 from uuid import uuid4
 
 import pytest
+from waiting import until
 
-from leftfold.application import cached, invalidating
+from leftfold.application import Projection, cached, invalidating
 from leftfold.application.items import GetItem, ItemRow, item_model, item_stock
-from leftfold.domain.items import Item
+from leftfold.domain.items import Item, ItemRegistered
 from leftfold.infrastructure import (
     CacheUnavailableError,
     InMemoryCache,
     RedisCache,
     Runtime,
     Settings,
+    follower,
 )
 from leftfold.infrastructure.items import open_items
 
 pytestmark = pytest.mark.anyio
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    name: str
 
 
 def rows_of(cache, **options):
@@ -39,12 +47,13 @@ def opened(url, cache, **options):
     return Runtime(model, settings=Settings(store=url), middleware=around)
 
 
-async def until(condition):
-    for _ in range(1_000):
-        if await condition():
-            return
-        await asyncio.sleep(0.005)
-    raise AssertionError("it took too long")
+async def until_gone(*caches):
+    for cache in caches:
+        await until(lambda cache=cache: is_gone(cache))
+
+
+async def is_gone(cache):
+    return await cache.get("A") is None
 
 
 async def test_a_page_deletes_what_was_made_of_its_rows_and_no_more(store_url, register, sell):
@@ -57,10 +66,7 @@ async def test_a_page_deletes_what_was_made_of_its_rows_and_no_more(store_url, r
             await shop.queries.dispatch(GetItem(sku=sku), after=written)
         await shop.commands.dispatch(sell("A"))
 
-        async def is_gone():
-            return await cache.get("A") is None
-
-        await until(is_gone)
+        await until_gone(cache)
         assert (await cache.get("B")).on_hand == 9
         assert (await shop.queries.dispatch(GetItem(sku="A"))).unwrap().on_hand == 8
 
@@ -75,10 +81,7 @@ async def test_each_process_sees_to_its_own_cache(shared_url, register, sell):
         assert await theirs.get("A") is not None
         await one.commands.dispatch(sell("A"))
 
-        async def are_gone():
-            return await mine.get("A") is None and await theirs.get("A") is None
-
-        await until(are_gone)
+        await until_gone(mine, theirs)
 
 
 async def test_a_cache_that_processes_share_is_seen_to_after_a_crash(
@@ -96,11 +99,7 @@ async def test_a_cache_that_processes_share_is_seen_to_after_a_crash(
             (await shop.catch_up()).unwrap()
         assert (await cache.get("A")).on_hand == 9
         async with opened(shared_url, cache, everywhere=False) as shop:
-
-            async def is_gone():
-                return await cache.get("A") is None
-
-            await until(is_gone)
+            await until_gone(cache)
             assert (await shop.queries.dispatch(GetItem(sku="A"))).unwrap().on_hand == 8
     finally:
         await cache.close()
@@ -122,10 +121,7 @@ async def test_what_a_view_has_not_seen_when_the_process_begins_is_told_too(
         assert (await shop.queries.dispatch(GetItem(sku="A"))).unwrap().on_hand == 9
         shop.follow()
 
-        async def is_gone():
-            return await cache.get("A") is None
-
-        await until(is_gone)
+        await until_gone(cache)
 
 
 @pytest.mark.parametrize("mends", [Runtime.retry, Runtime.rebuild])
@@ -142,10 +138,7 @@ async def test_what_changes_rows_without_an_event_clears_the_cache(
         assert await cache.get("A") == row  # to be looked at changes nothing
         await mends(other if is_another else shop, "item_stock")
 
-        async def is_gone():
-            return await cache.get("A") is None
-
-        await until(is_gone)
+        await until_gone(cache)
 
 
 async def test_a_cache_that_processes_share_is_cleared_too(shared_url, valkey, register):
@@ -158,10 +151,7 @@ async def test_a_cache_that_processes_share_is_cleared_too(shared_url, valkey, r
             assert (await cache.get("A")).on_hand == 9
             await shop.rebuild("item_stock")
 
-            async def is_gone():
-                return await cache.get("A") is None
-
-            await until(is_gone)
+            await until_gone(cache)
             assert (await shop.queries.dispatch(GetItem(sku="A"))).is_ok()
             await asyncio.sleep(1.2)  # a look
             assert (await cache.get("A")).on_hand == 9
@@ -188,10 +178,7 @@ async def test_a_cache_that_is_away_when_a_view_was_built_anew_is_cleared_later(
         failures += [CacheUnavailableError("x", "away")] * 3
         await shop.rebuild("item_stock")
 
-        async def is_gone():
-            return await cache.get("A") is None
-
-        await until(is_gone)
+        await until_gone(cache)
         assert failures == []
 
 
@@ -209,14 +196,31 @@ async def test_a_cache_that_cannot_be_cleared_is_seen_to_event_by_event_all_the_
         (await shop.catch_up()).unwrap()
         await shop.rebuild("item_stock")
 
-        async def is_said():
-            return "rows_of_items does not begin anew: ZeroDivisionError" in caplog.text
-
-        await until(is_said)
+        said = "rows_of_items does not begin anew: ZeroDivisionError"
+        await until(lambda: said in caplog.text)
         assert (await shop.queries.dispatch(GetItem(sku="A"), after=written)).is_ok()
         await shop.commands.dispatch(sell("A"))
 
-        async def is_gone():
-            return await cache.get("A") is None
+        await until_gone(cache)
 
-        await until(is_gone)
+
+async def test_what_comes_while_a_view_is_behind_is_not_forgotten_with_the_clearing(
+    store_url, register, monkeypatch
+):
+    monkeypatch.setattr(follower, "IDLE", 60)  # no look makes it good
+    slow = Projection("slow", version=1, row=Named)
+
+    @slow.on(ItemRegistered)
+    def registered(row, event):
+        sleep(0.1)
+        return Named(event.name)
+
+    told, cache = [], InMemoryCache(Named, name="rows")
+    rows = invalidating("rows", slow, cache, keys=lambda key: told.append(key) or [key])
+    model = replace(item_model, projections=(slow,), queries=(), subscribers=(rows,))
+    async with Runtime(model, settings=Settings(store=store_url)) as shop:
+        (await shop.commands.dispatch(register("A", 9))).unwrap()
+        (await shop.catch_up()).unwrap()
+        await shop.commands.dispatch(register("B", 9))
+        await shop.retry("slow")
+        await until(lambda: told == [Item.id_of("A").hex, Item.id_of("B").hex])
