@@ -207,9 +207,9 @@ class ViewTable(Generic[R]):
         return f'DELETE FROM "{self.table.name}" WHERE key '
 
     @cached_property
-    def insert(self) -> str:
-        """The beginning of an INSERT of rows as `encode` makes them."""
-        return f'INSERT INTO "{self.table.name}" VALUES '
+    def into(self) -> str:
+        """Where an INSERT of rows as `encode` makes them puts them."""
+        return f'"{self.table.name}"'
 
     @cached_property
     def on_conflict(self) -> str:

@@ -31,7 +31,7 @@ def _storable(text: str) -> str:
 
 def _as_utc(moment: datetime) -> datetime:
     try:
-        return moment.astimezone(UTC)
+        return moment if moment.tzinfo is UTC else moment.astimezone(UTC)
     except OverflowError:
         msg = "is beyond the years 1 to 9999 in UTC"
         raise ValueError(msg) from None

@@ -343,10 +343,10 @@ def _insert_events(connection: sqlite3.Connection, events: Sequence[EncodedEvent
         (aggregate_id.bytes, version, topic, state)
         for aggregate_id, version, topic, state in events
     ]
-    insert = "INSERT INTO stored_events (originator_id, originator_version, topic, state) VALUES "
+    into = "stored_events (originator_id, originator_version, topic, state)"
     if len(rows) == 1:
-        return connection.execute(insert + "(?,?,?,?)", rows[0]).lastrowid or 0
-    insert_rows(connection, insert, "", rows)
+        return connection.execute(f"INSERT INTO {into} VALUES (?,?,?,?)", rows[0]).lastrowid or 0
+    insert_rows(connection, into, rows)
     # The database gives each row the position after the highest, and none is ever deleted.
     return connection.execute("SELECT last_insert_rowid()").fetchone()[0] if rows else 0
 
@@ -390,8 +390,8 @@ def _insert_saves(connection: sqlite3.Connection, saves: Sequence[Save]) -> list
         commands.append(
             (save.command_id.bytes, save.command, positions[-1], aggregates, save.answer)
         )
-    insert = "INSERT INTO leftfold_commands (command_id, command, position, aggregates, answer) "
-    insert_rows(connection, insert + "VALUES ", "", commands)
+    into = "leftfold_commands (command_id, command, position, aggregates, answer)"
+    insert_rows(connection, into, commands)
     return positions
 
 

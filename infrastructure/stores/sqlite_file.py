@@ -175,24 +175,29 @@ class Joined:
 
 
 def insert_rows(
-    connection: sqlite3.Connection, insert: str, conflict: str, rows: Sequence[Sequence[object]]
+    connection: sqlite3.Connection,
+    into: str,
+    rows: Sequence[Sequence[object]],
+    on_conflict: str = "",
 ) -> None:
-    """Insert rows, many in one statement.
+    """Insert rows, many in one statement; one that is refused ends the transaction.
 
     The driver gives up the interpreter's lock at every step of a statement. One row a step
-    makes it wait for the lock after each, while other threads compute.
+    makes it wait for the lock after each, while other threads compute. And were the statement
+    alone to be undone, SQLite would write a copy of each page that it changes into a file.
     """
     at_once = AT_ONCE
     while rows and at_once * len(rows[0]) > VARIABLES:
         at_once //= 2
     for chunk in chunks(rows, at_once):
-        statement = _insert_statement(insert, len(rows[0]), len(chunk), conflict)
+        statement = _insert_statement(into, len(rows[0]), len(chunk), on_conflict)
         connection.execute(statement, list(chain.from_iterable(chunk)))
 
 
 @lru_cache
-def _insert_statement(insert: str, columns: int, rows: int, conflict: str) -> str:
-    return insert + ",".join([f"({marks(columns)})"] * rows) + conflict
+def _insert_statement(into: str, columns: int, rows: int, on_conflict: str) -> str:
+    values = ",".join([f"({marks(columns)})"] * rows)
+    return f"INSERT OR ROLLBACK INTO {into} VALUES {values}{on_conflict}"
 
 
 def marks(number: int) -> str:

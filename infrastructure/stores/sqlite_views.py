@@ -141,7 +141,7 @@ class SQLiteViews(TableViews[SQLiteFile | Joined, sqlite3.Cursor]):
         self, cursor: sqlite3.Cursor, table: ViewTable[Any], prepared: list[list[object]]
     ) -> None:
         try:
-            insert_rows(cursor.connection, table.insert, table.on_conflict, prepared)
+            insert_rows(cursor.connection, table.into, prepared, table.on_conflict)
         except sqlite3.IntegrityError as error:
             refusal = not_unique(table.projection, str(error).partition(": ")[2])
             if refusal is None:

@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from decimal import Decimal
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 
@@ -111,18 +112,25 @@ def test_a_row_is_one_event_with_the_invoices_time(shop):
     assert [e.payload["occurred_at"] for e in history[1:]] == [row.at for row in rows]
 
 
-def test_all_events_of_an_import_belong_together(shop):
-    async def run():
-        async with open_items("memory:") as runtime:
-            await import_sales(runtime, shop)
-            skus = {row.code for row in read_rows(shop) if row.kind == "sale"}
-            queries = [runtime.queries.dispatch(ItemHistory(sku=sku)) for sku in skus]
-            return [event for query in queries for event in (await query).unwrap()]
+async def histories(shop):
+    async with open_items("memory:") as runtime:
+        await import_sales(runtime, shop)
+        skus = {row.code for row in read_rows(shop) if row.kind == "sale"}
+        return [(await runtime.queries.dispatch(ItemHistory(sku=sku))).unwrap() for sku in skus]
 
-    events = asyncio.run(run())
+
+def test_all_events_of_an_import_belong_together(shop):
+    events = [event for history in asyncio.run(histories(shop)) for event in history]
     (correlation_id,) = {event.metadata.correlation_id for event in events}
     assert correlation_id.startswith("import:")
     assert len({event.metadata.causation_id for event in events}) > 1
+
+
+def test_the_ids_of_its_commands_are_in_the_files_order(shop):
+    for _, *moved in asyncio.run(histories(shop)):
+        ids = [UUID(event.metadata.causation_id) for event in moved]
+        assert ids == sorted(ids)
+        assert {command_id.version for command_id in ids} == {8}
 
 
 def test_a_damaged_file_writes_nothing(tmp_path, shop):
