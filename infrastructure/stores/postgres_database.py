@@ -21,6 +21,8 @@ PROGRAM_LIMIT = "54"
 """The class of errors (SQLSTATE) of what is more than the database takes."""
 CONNECT_TIMEOUT = 1.0
 """Seconds to wait for a connection; one that takes longer is there for the next attempt."""
+WHOLE_VIEW = 3_600.0
+"""Seconds more that may be taken by what is done to all rows of a view."""
 KEEPALIVE = {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3}
 """Seconds, and probes: a peer that is gone is noticed, also where nothing is under way."""
 
@@ -77,6 +79,10 @@ class PostgresDatabase(PostgresDatastore):
             yield
         finally:
             del self._lent[connection]
+
+    def allow_time(self, connection: psycopg.Connection[Any]) -> None:
+        """Let what a lent connection does from now on take as long as a whole view needs."""
+        self._lent[connection] = monotonic() + WHOLE_VIEW
 
     def cut(self, seconds: float) -> None:
         """End the connections whose server has not answered for so long.

@@ -132,6 +132,10 @@ class PostgresViews(TableViews[PostgresDatabase | Joined, Cursor]):
         found = {(name, version): Checkpoint(*values) for name, version, *values in cursor}
         return [found.get((reader.name, reader.version), ABSENT) for reader in readers]
 
+    def _allow_time(self, cursor: Cursor) -> None:
+        if isinstance(self._database, PostgresDatabase):
+            self._database.allow_time(cursor.connection)
+
     def _lock(self, cursor: Cursor, readers: Sequence[Reader]) -> None:
         query = (  # in one order, so that no two wait for each other
             f"SELECT FROM leftfold_checkpoints WHERE {THESE} ORDER BY name, version FOR UPDATE"

@@ -28,6 +28,7 @@ IDLE_READERS = 8
 BULK = 500  # rows from which a transaction is large
 CHECKPOINT, BULK_CHECKPOINT = 1_000, 8_000  # pages in the write-ahead log before it is moved
 CACHE = 32_768  # KiB of pages the writer keeps: the index on aggregates is written at random
+PRIMARY = 0xFF  # of an error's code: the rest tells more
 LIBRARY_ERRORS: dict[type[sqlite3.Error], type[PersistenceError]] = {
     sqlite3.DataError: DataError,
     sqlite3.IntegrityError: IntegrityError,
@@ -154,7 +155,11 @@ def library_errors() -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        raise LIBRARY_ERRORS.get(type(error), PersistenceError)(str(error)) from error
+        kind = LIBRARY_ERRORS.get(type(error), PersistenceError)
+        # The driver calls it operational; it is a statement that is wrong, and will stay so.
+        if getattr(error, "sqlite_errorcode", 0) & PRIMARY == sqlite3.SQLITE_ERROR:
+            kind = ProgrammingError
+        raise kind(str(error)) from error
 
 
 class Joined:

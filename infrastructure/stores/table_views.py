@@ -169,6 +169,9 @@ class TableViews(Generic[D, C]):
     def _letter(self, position: int, key: str, values: Sequence[Any]) -> DeadLetter:
         return DeadLetter(position, key, *values)
 
+    def _allow_time(self, cursor: C) -> None:
+        """Do something to all rows of a view, which may take long."""
+
     def _lock(self, cursor: C, readers: Sequence[Reader]) -> None:
         """Let no page of these readers come between."""
 
@@ -333,6 +336,7 @@ class TableViews(Generic[D, C]):
 
     def define(self, reader: Reader) -> None:
         with self._changing(defines=True) as cursor:
+            self._allow_time(cursor)
             self._set_up(cursor, reader)
 
     def _set_up(self, cursor: C, reader: Reader) -> None:
@@ -388,6 +392,7 @@ class TableViews(Generic[D, C]):
 
     def drop(self, reader: Reader) -> None:
         with self._changing(defines=True) as cursor:
+            self._allow_time(cursor)
             self._drop(cursor, reader)
 
     def _drop(self, cursor: C, reader: Reader) -> None:
@@ -416,6 +421,7 @@ class TableViews(Generic[D, C]):
 
     def compare(self, projection: Projection[Any], other: Projection[Any]) -> Comparison | None:
         with self._comparing() as cursor:
+            self._allow_time(cursor)
             return self._compare(cursor, projection, other)
 
     def _compare(
@@ -430,6 +436,7 @@ class TableViews(Generic[D, C]):
     def take_over(self, projection: Projection[Any], anew: Projection[Any]) -> Comparison | None:
         who = (projection.name, projection.version)
         with self._changing() as cursor:
+            self._allow_time(cursor)
             self._lock(cursor, [projection, anew])
             compared = self._compare(cursor, anew, projection)
             if compared is not None:

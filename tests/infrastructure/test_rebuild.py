@@ -514,6 +514,38 @@ async def test_who_keeps_a_view_goes_on_from_what_another_process_has_mended(
         assert await units(other, after=receipt) == 8
 
 
+async def test_a_take_over_may_take_longer_than_other_calls_of_the_store(postgres_url, fill):
+    view = sold_units()
+    async with of(postgres_url, view, store_timeout=0.5) as shop:
+        await fill(shop)
+        damage(shop, view, {key("A"): Sold("A", 99)})
+        execute(
+            postgres_url,
+            "CREATE FUNCTION slowly() RETURNS trigger LANGUAGE plpgsql "
+            "AS 'BEGIN PERFORM pg_sleep(1.2); RETURN NULL; END'",
+        )
+        execute(
+            postgres_url,
+            "CREATE TRIGGER slowly AFTER DELETE ON sold_units_v1 EXECUTE FUNCTION slowly()",
+        )
+        assert await shop.rebuild("sold_units") == Comparison(3, 1, 0, 0)
+        assert await units(shop) == 6
+
+
+async def test_a_comparison_may_take_longer_than_other_calls_of_the_store(postgres_url, fill):
+    old, new = sold_units(), sold_units(version=2)
+    async with of(postgres_url, old) as shop:
+        await fill(shop)
+    async with of(postgres_url, new, store_timeout=0.5) as shop:
+        (await shop.catch_up()).unwrap()
+        execute(postgres_url, "ALTER TABLE sold_units_v1 RENAME TO all_sold")
+        execute(
+            postgres_url,
+            "CREATE VIEW sold_units_v1 AS SELECT all_sold.* FROM all_sold, pg_sleep(1.2)",
+        )
+        assert await shop.compare_versions("sold_units") == Comparison(4, 0, 0, 0)
+
+
 async def test_a_rebuild_ends_though_the_view_is_written_without_a_break(shared_url, fill, sell):
     view = sold_units()
     async with of(shared_url, view) as shop, beside(shop, view, follow=False) as other:
