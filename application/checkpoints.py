@@ -54,6 +54,8 @@ class Checkpoint(NamedTuple):
     is_built: bool = True
     """It was once as far as the log. Until then a view is not shown."""
     dead_letters: int = 0
+    failure: str = ""
+    """Why its last owner has stopped there; empty if none did, or if somebody has moved it on."""
 
 
 @dataclass(frozen=True, slots=True)

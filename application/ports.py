@@ -275,6 +275,10 @@ class ViewStore(Protocol):
         """Let others have what the owner holds."""
         ...
 
+    def halt(self, reader: Reader, at: Checkpoint, failure: str) -> None:
+        """Keep why a reader has stopped at a checkpoint, unless somebody has moved it since."""
+        ...
+
     def define(self, reader: Reader) -> None:
         """Make what a reader needs, if it is not there. Raises `ViewChangedError`."""
         ...

@@ -44,7 +44,9 @@ class SchemaMissingError(
 
 
 class SchemaVersionError(
-    InfrastructureError, message="{store} has schema version {found}, this leftfold needs {needed}"
+    InfrastructureError,
+    message="{store} has schema version {found}, this leftfold needs {needed}: "
+    "`leftfold migrate` brings an older one to it",
 ):
     """The store was made by another version of leftfold."""
 

@@ -123,9 +123,16 @@ class Followed:
         return bool(self._waiting)
 
     @property
+    def why_stopped(self) -> str | None:
+        """Why it stopped, here or where it was last; None if it did not."""
+        if self.failure is not None:
+            return str(self.failure)
+        return None if self.is_mine else self.checkpoint.failure or None
+
+    @property
     def state(self) -> ReaderState:
         """What it is doing."""
-        if self.failure is not None:
+        if self.why_stopped is not None:
             return ReaderState.HALTED
         if self.pause:
             return ReaderState.WAITING
@@ -173,9 +180,10 @@ class Followed:
 
     def behind(self, wanted: int) -> ViewBehind:
         """Return what to tell those who wait for it in vain."""
-        if self.failure is None:
+        why = self.why_stopped
+        if why is None:
             return ViewBehind(self.reader.name, self.position, wanted)
-        return ViewStopped(self.reader.name, self.position, wanted, str(self.failure))
+        return ViewStopped(self.reader.name, self.position, wanted, why)
 
     def health(self, now: float) -> ProjectionHealth:
         """Tell how it is."""
@@ -190,7 +198,7 @@ class Followed:
             0.0 if since is None or not lag else now - since,
             self.rate,
             self.checkpoint.dead_letters,
-            None if self.failure is None else str(self.failure),
+            self.why_stopped,
             self.compared,
         )
 
@@ -684,6 +692,15 @@ class Follower:
         reader.is_mine = False  # its lease runs out: another process may know how to go on
         reader.pause = reader.not_before = 0.0
         _log.error("%s stopped: %s", reader.full_name, reader.failure)
+        if not reader.is_local:
+            self._start(self._keep_failure(reader, str(reader.failure)))
+
+    async def _keep_failure(self, reader: Followed, why: str) -> None:
+        """Let other processes know."""
+        try:
+            await self._platform.in_thread(self._views.halt, reader.reader, reader.checkpoint, why)
+        except (PersistenceError, NotRunningError) as error:
+            _log.warning("why %s stopped is not kept: %s", reader.full_name, described(error))
 
     async def _sleep(self, hint: asyncio.Event, seconds: float | None) -> None:
         """Wait for a hint, at most for some seconds."""

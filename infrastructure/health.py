@@ -26,7 +26,7 @@ class ReaderState(StrEnum):
     WAITING = "waiting"
     """The database fails; it is tried again."""
     HALTED = "halted"
-    """It met what it cannot take in."""
+    """It met what it cannot take in, here or in the process that had it last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class Health:
     store: str
     """The store's URL, with no password."""
     is_healthy: bool
-    """It is open, its store answers, and no projection stopped."""
+    """It is open, its store answers, and no projection stopped in this process."""
     projections: tuple[ProjectionHealth, ...]
     parts: tuple[PartHealth, ...]
     """The breaker of its store, then what it was given to watch."""

@@ -251,7 +251,7 @@ class Runtime:
         projections = tuple(reader.health(now) for reader in readers)
         breaker = self._opened.access.breaker
         is_healthy = breaker.state is CircuitState.CLOSED and all(
-            p.failure is None for p in projections
+            reader.failure is None for reader in readers
         )
         parts = tuple(part.health() for part in (breaker, *self._watched))
         return Health(self._store.name, is_healthy, projections, parts)

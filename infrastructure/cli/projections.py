@@ -67,9 +67,8 @@ def list_(store: Store, model: Named = "", as_json: AsJson = False) -> None:
                 await asyncio.sleep(MEASURED)
             return shop.health().projections
 
-    columns = ("name", "version", "state", "position", "lag", "rate", "dead_letters")
-    found = complete(run())
-    rows = [{name: getattr(each, name) for name in (*columns, "failure")} for each in found]
+    columns = ("name", "version", "state", "position", "lag", "rate", "dead_letters", "failure")
+    rows = [{name: getattr(each, name) for name in columns} for each in complete(run())]
     if as_json:
         show_json(rows)
     else:

@@ -32,7 +32,7 @@ from leftfold.infrastructure.errors import ViewChangedError
 
 _log = logging.getLogger("leftfold.stores")
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MAX_VERSION = 2**62
 EACH_TOPIC = (
     "WITH RECURSIVE found (topic) AS (SELECT min(topic) FROM stored_events UNION ALL "

@@ -263,6 +263,12 @@ class MemoryViews:
                     self._checkpoints[reader_id] = found._replace(owner="")
                     del self._leases[reader_id]
 
+    def halt(self, reader: Reader, at: Checkpoint, failure: str) -> None:
+        with self._log.locked():
+            (found,) = self.checkpoints([reader])
+            if (found.position, found.epoch) == (at.position, at.epoch):
+                self._checkpoints[_id(reader)] = found._replace(failure=failure)
+
     def _is_held(self, reader_id: tuple[str, int]) -> bool:
         return self._leases.get(reader_id, 0.0) > monotonic()
 
@@ -320,7 +326,7 @@ class MemoryViews:
                 self._rows[projection.table] = self._rows.get(anew.table, {})
                 self._letters[_id(projection)] = self._letters.get(_id(anew), {})
                 at = self._checkpoints[_id(projection)]
-                self._checkpoints[_id(projection)] = at._replace(epoch=at.epoch + 1)
+                self._checkpoints[_id(projection)] = at._replace(epoch=at.epoch + 1, failure="")
                 self.drop(anew)
         return compared
 
@@ -361,6 +367,7 @@ class MemoryViews:
                     position=position,
                     epoch=now.epoch + is_fence,
                     is_built=now.is_built or is_built,
+                    failure="",
                 )
                 letters = self._letters.setdefault(_id(change.reader), {})
                 for letter in change.released:

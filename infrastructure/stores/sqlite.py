@@ -77,8 +77,12 @@ OUTDATED = (
     "WHERE originator_id = id AND originator_version >= version), 0)"
 )
 KNOWN_COMMANDS = "SELECT command_id FROM leftfold_commands WHERE command_id IN ({})"
-ADDED = {"reads": "TEXT NOT NULL DEFAULT ''", "built": "INTEGER NOT NULL DEFAULT 1"}
-"""Columns of checkpoints that schema 2 did not have."""
+ADDED = {
+    "reads": "TEXT NOT NULL DEFAULT ''",
+    "built": "INTEGER NOT NULL DEFAULT 1",
+    "failure": "TEXT NOT NULL DEFAULT ''",
+}
+"""Columns of checkpoints that schema 2 did not have, or schema 3 (the last)."""
 TOGETHER = 250  # of what a compound query may have 500
 OF_TOPIC = (
     "SELECT * FROM (SELECT position FROM stored_events WHERE topic = ? AND position > ? "
@@ -116,6 +120,7 @@ TABLES = (
         lease TEXT,
         reads TEXT NOT NULL DEFAULT '',
         built INTEGER NOT NULL DEFAULT 1,
+        failure TEXT NOT NULL DEFAULT '',
         PRIMARY KEY (name, version)) WITHOUT ROWID""",
     """CREATE TABLE IF NOT EXISTS leftfold_dead_letters (
         name TEXT NOT NULL,

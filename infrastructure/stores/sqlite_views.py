@@ -98,7 +98,7 @@ class SQLiteViews(TableViews[SQLiteFile | Joined, sqlite3.Cursor]):
             cursor.execute(
                 f"SELECT position, epoch, ifnull(owner, ''), ifnull(lease > {self.now}, 0), built, "
                 "(SELECT count(*) FROM leftfold_dead_letters AS d WHERE d.name = c.name "
-                "AND d.version = c.version) FROM leftfold_checkpoints AS c "
+                "AND d.version = c.version), failure FROM leftfold_checkpoints AS c "
                 "WHERE name = ? AND version = ?",
                 (reader.name, reader.version),
             )
@@ -106,8 +106,8 @@ class SQLiteViews(TableViews[SQLiteFile | Joined, sqlite3.Cursor]):
             if row is None:
                 found.append(ABSENT)
                 continue
-            position, epoch, owner, is_held, is_built, letters = row
-            found.append(Checkpoint(position, epoch, owner, bool(is_held), bool(is_built), letters))
+            position, epoch, owner, is_held, is_built, *others = row
+            found.append(Checkpoint(position, epoch, owner, bool(is_held), bool(is_built), *others))
         return found
 
     def _move(
@@ -123,7 +123,8 @@ class SQLiteViews(TableViews[SQLiteFile | Joined, sqlite3.Cursor]):
             reader, at = change.reader, change.checkpoint
             cursor.execute(
                 "UPDATE leftfold_checkpoints SET position = ?, epoch = epoch + ?, "
-                "built = built OR ? WHERE name = ? AND version = ? AND position = ? AND epoch = ?",
+                "built = built OR ?, failure = '' "
+                "WHERE name = ? AND version = ? AND position = ? AND epoch = ?",
                 (position, is_fence, is_built, reader.name, reader.version, at.position, at.epoch),
             )
             if cursor.rowcount != 1:

@@ -224,6 +224,16 @@ class TableViews(Generic[D, C]):
             )
             self._tell(cursor)
 
+    def halt(self, reader: Reader, at: Checkpoint, failure: str) -> None:
+        with self._changing() as cursor:
+            self._run(
+                cursor,
+                "UPDATE leftfold_checkpoints SET failure = ? "
+                "WHERE name = ? AND version = ? AND position = ? AND epoch = ?",
+                (failure, reader.name, reader.version, at.position, at.epoch),
+            )
+            self._tell(cursor)
+
     def dead_letters(self, reader: Reader) -> list[DeadLetter]:
         with self._reading() as cursor:
             found = self._run(
@@ -452,7 +462,7 @@ class TableViews(Generic[D, C]):
                 )
                 self._run(
                     cursor,
-                    "UPDATE leftfold_checkpoints SET epoch = epoch + 1 "
+                    "UPDATE leftfold_checkpoints SET epoch = epoch + 1, failure = '' "
                     "WHERE name = ? AND version = ?",
                     who,
                 )

@@ -241,6 +241,29 @@ class CheckpointContract:
         assert at(views, stock).epoch == begun.checkpoint.epoch + 1
         assert (at(views, stock).position, at(views, stock).owner) == (0, "me")
 
+    def test_why_a_reader_stopped_is_kept_until_it_gets_on(self, views):
+        views.halt(stock, at(views, stock), "it is bad")
+        assert at(views, stock).failure == "it is bad"
+        assert at(views, sales).failure == ""
+        views.hold([stock], "me", 60)
+        assert at(views, stock).failure == "it is bad"
+        assert views.write([change(views, stock)], 5)
+        assert at(views, stock).failure == ""
+
+    def test_why_a_reader_stopped_is_forgotten_with_a_change_from_outside(self, views):
+        views.halt(stock, at(views, stock), "it is bad")
+        assert views.write([change(views, stock)], 0, is_fence=True)
+        assert at(views, stock).failure == ""
+
+    def test_who_was_moved_on_has_not_stopped_where_it_was(self, views):
+        before = at(views, stock)
+        views.write([change(views, stock)], 5)
+        views.halt(stock, before, "it is bad")
+        in_an_older_epoch = at(views, stock)
+        views.hold([stock], "me", 60)
+        views.halt(stock, in_an_older_epoch, "it is bad")
+        assert at(views, stock).failure == ""
+
     def test_a_view_is_built_once_a_page_says_so_and_stays_it(self, store):
         store.log.commit([Group([save()])])
         late, views = view("late"), store.views
@@ -471,6 +494,11 @@ class CheckpointContract:
         assert views.take_over(stock, anew) == Comparison(0, 0, 0, 0)
         assert at(views, stock) == begun.checkpoint._replace(epoch=begun.checkpoint.epoch + 1)
         assert not views.write([begun], 6)
+
+    def test_a_view_that_stopped_goes_on_with_the_rows_that_it_takes_over(self, views, anew):
+        views.halt(stock, at(views, stock), "it is bad")
+        views.take_over(stock, anew)
+        assert at(views, stock).failure == ""
 
     def test_a_view_takes_over_the_dead_letters_too(self, views, anew):
         views.write([change(views, stock, parked=[letter(3, "a"), letter(4, "b")])], 5)

@@ -441,8 +441,8 @@ def test_projections_are_listed_with_how_far_they_are(shop):
     }
     done = leftfold("projections", store=shop)
     assert done.stdout.splitlines()[:2] == [
-        "name\tversion\tstate\tposition\tlag\trate\tdead_letters",
-        f"item_stock\t1\tfree\t{head}\t0\t0.0\t0",
+        "name\tversion\tstate\tposition\tlag\trate\tdead_letters\tfailure",
+        f"item_stock\t1\tfree\t{head}\t0\t0.0\t0\t",
     ]
     assert leftfold("projections", "list", store=shop).stdout == done.stdout
 

@@ -16,7 +16,7 @@ from uuid import UUID
 import psycopg
 import pytest
 
-from leftfold.application import Projection
+from leftfold.application import Projection, ViewStopped
 from leftfold.application.checkpoints import Change, DeadLetter
 from leftfold.application.items import FindItems, GetItem, item_model, item_stock
 from leftfold.domain.items import ItemRegistered, StockSold
@@ -310,6 +310,27 @@ async def test_what_stops_in_one_process_goes_on_in_another_that_knows_how_to(
                 await asyncio.sleep(0.01)
             states = {p.name: p.state for p in older.health().projections}
     assert states == {"item_stock": ReaderState.LIVE, "counts": ReaderState.WATCHED}
+
+
+async def test_why_a_view_stopped_is_known_to_other_processes(shared_url, register, sell):
+    async with of(shared_url, counting("counts", fails=True)) as shop:
+        await shop.commands.dispatch(register())
+        sold = (await shop.commands.dispatch(sell())).unwrap()
+        stopped = (await shop.wait_for(sold)).error
+    assert isinstance(stopped, ViewStopped)
+    settings = Settings(store=shared_url, follow=False)
+    model = replace(item_model, projections=(item_stock, counting("counts", fails=True)))
+    async with Runtime(model, settings=settings) as watcher:
+        (found,) = (p for p in watcher.health().projections if p.name == "counts")
+        assert (found.state, found.failure) == (ReaderState.HALTED, stopped.reason)
+        assert watcher.health().is_healthy  # nothing is wrong with this process
+        told = (await watcher.wait_for(sold, timeout=0.1)).error
+        assert (type(told), told.reason) == (ViewStopped, stopped.reason)
+    async with of(shared_url, counting("counts")) as newer:
+        (await newer.wait_for(sold)).unwrap()
+        assert {p.failure for p in newer.health().projections} == {None}
+    async with Runtime(model, settings=settings) as watcher:
+        assert {p.state for p in watcher.health().projections} == {ReaderState.FREE}
 
 
 async def test_what_is_tried_again_for_longer_than_a_lease_does_not_cost_it(shared_url, register):

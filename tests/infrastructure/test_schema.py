@@ -130,7 +130,18 @@ async def test_another_schema_version_is_refused(shared_url, create_tables):
     execute(shared_url, "UPDATE leftfold_schema SET version = 99")
     with pytest.raises(SchemaVersionError) as refusal:
         await opens(open_items(settings=Settings(store=shared_url, create_tables=create_tables)))
-    assert (refusal.value.found, refusal.value.needed) == (99, 3)
+    assert (refusal.value.found, refusal.value.needed) == (99, 4)
+
+
+async def test_a_store_of_an_older_release_gets_what_it_lacks(shared_url, register):
+    await opens(open_items(shared_url))
+    execute(shared_url, "ALTER TABLE leftfold_checkpoints DROP COLUMN failure")
+    execute(shared_url, "UPDATE leftfold_schema SET version = 3")
+    with pytest.raises(SchemaVersionError):
+        await opens(open_items(settings=Settings(store=shared_url, create_tables=False)))
+    async with open_items(shared_url) as shop:
+        (await shop.wait_for((await shop.commands.dispatch(register())).unwrap())).unwrap()
+    assert execute(shared_url, "SELECT version FROM leftfold_schema") == [(4,)]
 
 
 async def test_a_changed_row_type_of_the_same_version_is_refused(shared_url):
