@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Flag, auto
@@ -315,6 +315,16 @@ class ViewStore(Protocol):
 
     def dead_letters(self, reader: Reader) -> list[DeadLetter]:
         """Return what the reader could not take in, by position."""
+        ...
+
+    def parked(
+        self, reader: Reader, positions: Iterable[int], versions: Iterable[tuple[UUID, int]]
+    ) -> int | None:
+        """Return where the first event is that the reader could not take in, of some events.
+
+        They are those at some positions, and those of some versions of aggregates; None if there
+        is none among its dead letters.
+        """
         ...
 
     def load(self, projection: Projection[R], keys: Sequence[str]) -> dict[str, R]:

@@ -351,10 +351,9 @@ class Follower:
         for reader in readers:
             if not reader.checkpoint.dead_letters or not isinstance(reader.work, Fold):
                 continue
-            for letter in await ask(self._views.dead_letters, reader.reader):
-                at = letter.position
-                if at in positions or (letter.aggregate_id, letter.version) in last:
-                    return EventPutAside(reader.reader.name, at - 1, max(positions))
+            at: int | None = await ask(self._views.parked, reader.reader, positions, last)
+            if at is not None:
+                return EventPutAside(reader.reader.name, at - 1, max(positions))
         return None
 
     # Looks ------------------------------------------------------------------------------------

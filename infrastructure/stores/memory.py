@@ -334,6 +334,14 @@ class MemoryViews:
         letters = self._letters.get(_id(reader), {})
         return [letters[at] for at in sorted(letters)]
 
+    def parked(
+        self, reader: Reader, positions: Iterable[int], versions: Iterable[tuple[UUID, int]]
+    ) -> int | None:
+        at, of = set(positions), set(versions)
+        letters = self._letters.get(_id(reader), {}).values()
+        found = (x for x in letters if x.position in at or (x.aggregate_id, x.version) in of)
+        return min((letter.position for letter in found), default=None)
+
     def load(self, projection: Projection[R], keys: Sequence[str]) -> dict[str, R]:
         rows: dict[str, R] = self._rows.get(projection.table, {})
         return {key: rows[key] for key in keys if key in rows}

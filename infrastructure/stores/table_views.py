@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import astuple, replace
+from itertools import chain
 from operator import attrgetter
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
+from uuid import UUID
 
 import sqlalchemy as sa
 
@@ -27,6 +29,10 @@ from leftfold.infrastructure.tables import Encoded, Statement, ViewTable, index_
 R = TypeVar("R")
 D = TypeVar("D")
 C = TypeVar("C")
+
+
+TOGETHER = 250
+"""Events that a query asks for at once."""
 
 
 class Rows(Protocol):
@@ -245,6 +251,27 @@ class TableViews(Generic[D, C]):
         # Sorted here: databases order texts in different ways.
         letters = [self._letter(position, key, values) for position, key, *values in found]
         return sorted(letters, key=attrgetter("position", "key"))
+
+    def parked(
+        self, reader: Reader, positions: Iterable[int], versions: Iterable[tuple[UUID, int]]
+    ) -> int | None:
+        is_one = "(originator_id = ? AND originator_version = ?)"
+        asked: list[tuple[str, tuple[object, ...]]] = [
+            *(("position = ?", (position,)) for position in positions),
+            *((is_one, (self._stored(i), version)) for i, version in versions),
+        ]
+        found: list[int] = []
+        with self._reading() as cursor:
+            for begin in range(0, len(asked), TOGETHER):
+                conditions, values = zip(*asked[begin : begin + TOGETHER], strict=True)
+                (position,) = self._run(
+                    cursor,
+                    "SELECT min(position) FROM leftfold_dead_letters "
+                    f"WHERE name = ? AND version = ? AND ({' OR '.join(conditions)})",
+                    (reader.name, reader.version, *chain.from_iterable(values)),
+                ).fetchone()
+                found += [] if position is None else [position]
+        return min(found, default=None)
 
     def write(
         self,

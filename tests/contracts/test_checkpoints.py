@@ -296,6 +296,19 @@ class CheckpointContract:
         assert views.dead_letters(stock) == [letters[2], letters[1], letters[0]]
         assert at(views, stock).dead_letters == 3
 
+    def test_the_first_of_some_events_that_was_put_aside_is_found(self, views):
+        letters = [letter(3, "a"), letter(3, "b"), letter(5, "a", aggregate_id=B), letter(9, "a")]
+        views.write([change(views, stock, parked=letters)], 9)
+        assert views.parked(stock, [9, 3, 5], []) == 3
+        assert views.parked(stock, [4, 5], []) == 5
+        assert views.parked(stock, [4], [(B, 7)]) == 5
+        assert views.parked(stock, [], [(A, 7), (B, 7)]) == 3
+        assert views.parked(stock, [4], [(A, 6), (B, 8)]) is None
+        assert views.parked(stock, [], []) is None
+        assert views.parked(sales, [3], [(A, 7)]) is None
+        many = [(uuid4(), 7) for _ in range(1_000)]
+        assert views.parked(stock, range(100, 1_100), [*many, (B, 7)]) == 5
+
     def test_each_reader_has_its_own_dead_letters(self, views):
         views.write([change(views, stock, parked=[letter(3)])], 9)
         assert (views.dead_letters(sales), views.dead_letters(newer)) == ([], [])
