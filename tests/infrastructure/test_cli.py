@@ -16,6 +16,7 @@ from decimal import Decimal
 from uuid import uuid4
 
 import pytest
+from commands import carry_out
 
 from leftfold.application.items import (
     GetItem,
@@ -39,7 +40,9 @@ def leftfold(*arguments, store=None, **environment):
     env.pop("LEFTFOLD_STORE", None)
     if store is not None:
         env["LEFTFOLD_STORE"] = store
-    return subprocess.run(
+    if not any(name.startswith("PYTHON") for name in environment):
+        return carry_out(arguments, env)
+    return subprocess.run(  # an interpreter of its own
         [sys.executable, "-m", "leftfold.infrastructure.cli", *arguments],
         capture_output=True,
         text=True,
