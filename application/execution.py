@@ -188,7 +188,7 @@ class Execution:
         for number, part in enumerate(parts, 1):
             first = known.get(part.command_id) if known else None
             if first is not None:
-                values.append(_answer_again(part, first, self._mapper.keys))
+                values.append(await self._answer_again(part, first))
                 continue
             unit.begin_command(part.command_id)
             metadata.use(_metadata_of(part))
@@ -212,6 +212,14 @@ class Execution:
             return await self._commit(unit, parts, values, staged, known)
         await self._confirm(unit, parts, known)
         return values
+
+    async def _answer_again(self, part: Dispatch[Any], first: RecordedCommand) -> Any:
+        """Answer as the first time."""
+        keys = self._mapper.keys
+        if first.answer is None or keys is None:
+            return _answer_again(part, first, keys)
+        # Not on the loop: it may ask for a key.
+        return await self._platform.in_thread(_answer_again, part, first, keys)
 
     async def _confirm(self, unit: Unit, parts: Sequence[Dispatch[Any]], known: Known) -> None:
         """Begin again if an answer rests on an older state, or repeats what was done before."""

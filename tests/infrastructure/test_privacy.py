@@ -649,6 +649,27 @@ async def test_keys_that_are_slow_hold_up_nobody_else(sqlite_url, monkeypatch):
         assert all(answer.is_ok() for answer in await asyncio.gather(*joining))
 
 
+async def test_an_answer_that_is_given_again_waits_for_its_key_and_holds_up_nobody(
+    sqlite_url, monkeypatch
+):
+    known = {"command_ids": [uuid4()]}
+    async with opened(sqlite_url) as runtime:
+        await fill(runtime)
+        (await runtime.commands.dispatch_all([Visit(key="a")], **known)).unwrap()
+    async with opened(sqlite_url, follow=False) as runtime:
+        may_go_on, find = threading.Event(), runtime._keyring._store.find
+
+        def slowly(key_id):
+            assert may_go_on.wait(10)
+            return find(key_id)
+
+        monkeypatch.setattr(runtime._keyring._store, "find", slowly)
+        again = asyncio.create_task(runtime.commands.dispatch_all([Visit(key="a")], **known))
+        asyncio.get_running_loop().call_later(0.2, may_go_on.set)
+        (name,) = (await again).unwrap()
+        assert name.reveal() == "Ada Lovelace"
+
+
 async def test_keys_that_are_away_are_asked_for_once_a_load(sqlite_url, monkeypatch):
     async with opened(sqlite_url) as runtime:
         await fill(runtime)
