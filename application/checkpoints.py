@@ -55,7 +55,7 @@ class Checkpoint(NamedTuple):
     """It was once as far as the log. Until then a view is not shown."""
     dead_letters: int = 0
     failure: str = ""
-    """Why its last owner has stopped there; empty if none did, or if somebody has moved it on."""
+    """Why it stopped in this epoch; empty if it did not."""
 
 
 @dataclass(frozen=True, slots=True)

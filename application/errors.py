@@ -103,7 +103,11 @@ class ViewBuilding(
 class ViewStopped(
     ViewBehind, message="{projection} stopped at {position}, before {wanted}: {reason}"
 ):
-    """A view met an event that it cannot fold, and will not reach the wanted position."""
+    """A view met an event that it cannot fold, and stopped before the wanted position.
+
+    It is told at once where the view stopped, and elsewhere after the time to wait: another
+    process may know how to go on.
+    """
 
     reason: str
 

@@ -276,7 +276,10 @@ class ViewStore(Protocol):
         ...
 
     def halt(self, reader: Reader, at: Checkpoint, failure: str) -> None:
-        """Keep why a reader has stopped at a checkpoint, unless somebody has moved it since."""
+        """Keep why a reader has stopped at a checkpoint, for its epoch.
+
+        Nothing is kept if somebody has moved it since.
+        """
         ...
 
     def define(self, reader: Reader) -> None:
@@ -441,7 +444,10 @@ class Store(Protocol):
         ...
 
     def cut(self, seconds: float) -> None:
-        """Make the calls fail that the database has not answered for so long."""
+        """Make the calls fail that the database has not answered for so long.
+
+        What concerns all rows of a view has more time, unless all are cut: `-inf`.
+        """
         ...
 
     def has_changed(self) -> bool:

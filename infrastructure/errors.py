@@ -44,9 +44,7 @@ class SchemaMissingError(
 
 
 class SchemaVersionError(
-    InfrastructureError,
-    message="{store} has schema version {found}, this leftfold needs {needed}: "
-    "`leftfold migrate` brings an older one to it",
+    InfrastructureError, message="{store} has schema version {found}, this leftfold needs {needed}"
 ):
     """The store was made by another version of leftfold."""
 

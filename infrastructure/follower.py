@@ -142,6 +142,12 @@ class Followed:
             return ReaderState.LIVE
         return ReaderState.WATCHED if self.checkpoint.is_held else ReaderState.FREE
 
+    def may_go_on(self) -> None:
+        """Somebody has seen to why it stopped."""
+        self.failure = None
+        if self.checkpoint.failure:  # so no page of it is under way here
+            self.work.checkpoint = self.checkpoint._replace(failure="")
+
     def note(self, now: float) -> None:
         """Note since when it is behind, and answer who waited for what it has seen."""
         if self.has_seen(self.head):

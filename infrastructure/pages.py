@@ -704,7 +704,8 @@ def failure_of(name: str, error: Exception) -> LeftfoldError:
 def described(error: BaseException) -> str:
     """Say what is wrong, for logs, health and dead letters, without what it was about.
 
-    The stores' errors quote no values. The texts of others may: they are not shown.
+    The stores' errors quote no values, nor statements beyond a name. The texts of others may:
+    they are not shown.
     """
     name = type(error).__name__
     if isinstance(error, PersistenceError) or (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager, suppress
@@ -495,6 +496,7 @@ class _Parts:
             self._watching.cancel()
             await _within(PATIENCE, asyncio.wait(self._following))
             await _within(PATIENCE, self.follower.release())
+        self._store.cut(-math.inf)  # nobody waits for what is still asked
         for task in self._housekeeping:
             task.cancel()
 

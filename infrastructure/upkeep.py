@@ -103,11 +103,8 @@ class Upkeep:
             else:
                 fold = Fold(work.reader, work.process)
                 well, ill = await self._in_thread(self._pages.retry, fold)
-            if not reader.is_local:
-                # Whoever stopped sees it.
-                await self._in_thread(self._pages.change, reader.reader, (), ())
             released, kept = released + well, kept + ill
-            reader.failure = None
+            await self._let_go_on(reader)
         self._follower.follow_again()
         return Retried(released, kept)
 
@@ -116,9 +113,15 @@ class Upkeep:
         dropped = 0
         for reader in self._named(name):
             dropped += await self._in_thread(self._pages.drop, reader.reader, position)
-            reader.failure = None
+            await self._let_go_on(reader)
         self._follower.follow_again()
         return dropped
+
+    async def _let_go_on(self, reader: Followed) -> None:
+        """Let it go on, wherever it had stopped."""
+        if not reader.is_local:
+            await self._in_thread(self._pages.change, reader.reader, (), ())
+        reader.may_go_on()
 
     async def rebuild(self, name: str, told: Told = untold) -> Comparison:
         """Build a view anew beside itself, and give it the rows that came out differently.
@@ -137,7 +140,7 @@ class Upkeep:
             compared = await rebuild.run()
         finally:
             await rebuild.release()
-        reader.failure = None
+        reader.may_go_on()
         self._follower.follow_again()
         return compared
 

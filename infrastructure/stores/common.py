@@ -13,6 +13,8 @@ from eventsourcing.persistence import (
     IntegrityError,
     Notification,
     OperationalError,
+    PersistenceError,
+    ProgrammingError,
     StoredEvent,
 )
 
@@ -186,6 +188,11 @@ def refused(error: LeftfoldError) -> Failed:
     """Return the verdict on events that an inline view does not take."""
     refusal = error if isinstance(error, DispatchError) else None
     return Failed(str(error), is_refusal=True, refusal=refusal)
+
+
+def is_of_views(error: Exception) -> bool:
+    """Tell whether a commit fails with an inline view's own statements, and not with the store."""
+    return isinstance(error, ProgrammingError) or not isinstance(error, PersistenceError)
 
 
 def failing(error: Exception, run: Run) -> list[Verdict]:

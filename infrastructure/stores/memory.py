@@ -216,6 +216,8 @@ class MemoryViews:
         self._rows: dict[str, dict[str, Any]] = {}
         self._checkpoints: dict[tuple[str, int], Checkpoint] = {}
         self._leases: dict[tuple[str, int], float] = {}
+        self._failures: dict[tuple[str, int], tuple[int, str]] = {}
+        """Why readers stopped, and in which epoch."""
         self._letters: dict[tuple[str, int], dict[tuple[int, str], DeadLetter]] = {}
         self._shapes: dict[str, RowShape[Any]] = {}
         self._defined: dict[tuple[str, int], tuple[str, str]] = {}
@@ -238,13 +240,16 @@ class MemoryViews:
 
     def checkpoints(self, readers: Sequence[Reader]) -> list[Checkpoint]:
         with self._log.locked():
-            return [
-                self._checkpoints.get(_id(reader), ABSENT)._replace(
-                    is_held=self._is_held(_id(reader)),
-                    dead_letters=len(self._letters.get(_id(reader), ())),
-                )
-                for reader in readers
-            ]
+            return [self._checkpoint(_id(reader)) for reader in readers]
+
+    def _checkpoint(self, reader_id: tuple[str, int]) -> Checkpoint:
+        found = self._checkpoints.get(reader_id, ABSENT)
+        epoch, failure = self._failures.get(reader_id, (found.epoch, ""))
+        return found._replace(
+            is_held=self._is_held(reader_id),
+            dead_letters=len(self._letters.get(reader_id, ())),
+            failure=failure if epoch == found.epoch else "",
+        )
 
     def hold(self, readers: Sequence[Reader], owner: str, seconds: float) -> list[Checkpoint]:
         with self._log.locked():
@@ -267,7 +272,7 @@ class MemoryViews:
         with self._log.locked():
             (found,) = self.checkpoints([reader])
             if (found.position, found.epoch) == (at.position, at.epoch):
-                self._checkpoints[_id(reader)] = found._replace(failure=failure)
+                self._failures[_id(reader)] = at.epoch, failure
 
     def _is_held(self, reader_id: tuple[str, int]) -> bool:
         return self._leases.get(reader_id, 0.0) > monotonic()
@@ -288,6 +293,7 @@ class MemoryViews:
         with self._log.locked():
             for kept in (self._checkpoints, self._leases, self._letters, self._defined):
                 kept.pop(_id(reader), None)
+            self._failures.pop(_id(reader), None)
             if isinstance(reader, Projection):
                 self._projections.pop(_id(reader), None)
                 self._rows.pop(reader.table, None)
@@ -326,7 +332,7 @@ class MemoryViews:
                 self._rows[projection.table] = self._rows.get(anew.table, {})
                 self._letters[_id(projection)] = self._letters.get(_id(anew), {})
                 at = self._checkpoints[_id(projection)]
-                self._checkpoints[_id(projection)] = at._replace(epoch=at.epoch + 1, failure="")
+                self._checkpoints[_id(projection)] = at._replace(epoch=at.epoch + 1)
                 self.drop(anew)
         return compared
 
@@ -375,7 +381,6 @@ class MemoryViews:
                     position=position,
                     epoch=now.epoch + is_fence,
                     is_built=now.is_built or is_built,
-                    failure="",
                 )
                 letters = self._letters.setdefault(_id(change.reader), {})
                 for letter in change.released:

@@ -51,6 +51,7 @@ from leftfold.infrastructure.stores.common import (
     commit_in_runs,
     encoded,
     failing,
+    is_of_views,
     load_aggregates,
     refused,
 )
@@ -153,14 +154,14 @@ class PostgresLog(PostgresEvents, Notifying, PostgresProcessRecorder):
                     return self.write(connection, run)
         except LeftfoldError as error:  # an inline view does not take it
             return [refused(error)] * len(run.groups)
-        except PersistenceError as error:
+        except Exception as error:
+            if self.inline is not None and is_of_views(error):
+                return failing(error, run)
+            if not isinstance(error, PersistenceError):
+                raise
             if not isinstance(error.__cause__, psycopg.Error):
                 return [Failed(str(error), in_doubt=is_sent)] * len(run.groups)
             return [failed(error.__cause__, is_sent=is_sent)] * len(run.groups)
-        except Exception as error:
-            if self.inline is None:
-                raise
-            return failing(error, run)
 
     def write(self, connection: psycopg.Connection[Any], run: Run) -> list[Verdict]:
         """Write what may be written, and what inline views make of it."""

@@ -119,7 +119,7 @@ def failed(error: psycopg.Error, *, is_sent: bool) -> Failed:
 
 def without_values(error: psycopg.Error) -> str:
     """Say what is wrong; the server's details, and its texts on data, quote rows."""
-    if isinstance(error, psycopg.DataError):
+    if isinstance(error, (psycopg.DataError, psycopg.errors.SyntaxError)):
         return type(error).__name__
     return error.diag.message_primary or str(error).strip()
 

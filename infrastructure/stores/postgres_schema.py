@@ -123,7 +123,8 @@ STATEMENTS = (
         PRIMARY KEY (name, version))""",
     "ALTER TABLE leftfold_checkpoints ADD COLUMN IF NOT EXISTS reads text NOT NULL DEFAULT ''",
     "ALTER TABLE leftfold_checkpoints ADD COLUMN IF NOT EXISTS built bool NOT NULL DEFAULT true",
-    "ALTER TABLE leftfold_checkpoints ADD COLUMN IF NOT EXISTS failure text NOT NULL DEFAULT ''",
+    "ALTER TABLE leftfold_checkpoints ADD COLUMN IF NOT EXISTS failure text",
+    "ALTER TABLE leftfold_checkpoints ADD COLUMN IF NOT EXISTS failed_in bigint",
     """CREATE TABLE IF NOT EXISTS leftfold_dead_letters (
         name text NOT NULL,
         version int NOT NULL,

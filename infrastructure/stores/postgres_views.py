@@ -126,7 +126,7 @@ class PostgresViews(TableViews[PostgresDatabase | Joined, Cursor]):
             "SELECT name, version, position, epoch, coalesce(owner, ''), "
             "coalesce(lease > clock_timestamp(), false), built, (SELECT count(*) "
             "FROM leftfold_dead_letters AS d WHERE d.name = c.name AND d.version = c.version), "
-            "failure "
+            f"{self.failure} "
             f"FROM leftfold_checkpoints AS c WHERE {THESE}".encode(),
             _named(readers),
         )
@@ -160,8 +160,7 @@ class PostgresViews(TableViews[PostgresDatabase | Joined, Cursor]):
             self._lock(cursor, readers)
         cursor.execute(
             "UPDATE leftfold_checkpoints AS c SET position = %(position)s, "
-            "epoch = c.epoch + %(is_fence)s::int, built = built OR %(is_built)s, failure = '', "
-            "lease = CASE "
+            "epoch = c.epoch + %(is_fence)s::int, built = built OR %(is_built)s, lease = CASE "
             "WHEN %(is_fence)s OR lease IS NULL OR lease < clock_timestamp() THEN lease "
             "ELSE greatest(lease, clock_timestamp() + make_interval(secs => %(prolonged)s)) END "
             "FROM unnest(%(names)s::text[], %(versions)s::int[], %(positions)s::bigint[], "

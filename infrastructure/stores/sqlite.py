@@ -55,6 +55,7 @@ from leftfold.infrastructure.stores.common import (
     dump_aggregates,
     encoded,
     failing,
+    is_of_views,
     load_aggregates,
     refused,
 )
@@ -80,9 +81,10 @@ KNOWN_COMMANDS = "SELECT command_id FROM leftfold_commands WHERE command_id IN (
 ADDED = {
     "reads": "TEXT NOT NULL DEFAULT ''",
     "built": "INTEGER NOT NULL DEFAULT 1",
-    "failure": "TEXT NOT NULL DEFAULT ''",
+    "failure": "TEXT",
+    "failed_in": "INTEGER",
 }
-"""Columns of checkpoints that schema 2 did not have, or schema 3 (the last)."""
+"""Columns of checkpoints that older schemas lack."""
 TOGETHER = 250  # of what a compound query may have 500
 OF_TOPIC = (
     "SELECT * FROM (SELECT position FROM stored_events WHERE topic = ? AND position > ? "
@@ -120,7 +122,8 @@ TABLES = (
         lease TEXT,
         reads TEXT NOT NULL DEFAULT '',
         built INTEGER NOT NULL DEFAULT 1,
-        failure TEXT NOT NULL DEFAULT '',
+        failure TEXT,
+        failed_in INTEGER,
         PRIMARY KEY (name, version)) WITHOUT ROWID""",
     """CREATE TABLE IF NOT EXISTS leftfold_dead_letters (
         name TEXT NOT NULL,
@@ -204,13 +207,13 @@ class SQLiteLog(SQLiteEvents, Notifying, SQLiteProcessRecorder):
             return [refused(error)] * len(run.groups)
         except (DataError, IntegrityError) as error:  # something refuses just what is in a group
             return [Failed(type(error).__name__, is_refusal=True)] * len(run.groups)
-        except PersistenceError as error:
+        except Exception as error:
+            if self.inline is not None and is_of_views(error):
+                return failing(error, run)
+            if not isinstance(error, PersistenceError):
+                raise
             # SQLite is in this process: a commit that fails is rolled back.
             return [Failed(str(error))] * len(run.groups)
-        except Exception as error:
-            if self.inline is None:
-                raise
-            return failing(error, run)
 
     def write(self, connection: sqlite3.Connection, run: Run) -> list[Verdict]:
         """Write what may be written in a transaction, and what inline views make of it."""

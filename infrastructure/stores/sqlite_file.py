@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sqlite3
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -29,6 +30,8 @@ BULK = 500  # rows from which a transaction is large
 CHECKPOINT, BULK_CHECKPOINT = 1_000, 8_000  # pages in the write-ahead log before it is moved
 CACHE = 32_768  # KiB of pages the writer keeps: the index on aggregates is written at random
 PRIMARY = 0xFF  # of an error's code: the rest tells more
+WRONG_NAME = re.compile("no such |has no column|wrong number of arguments")
+WRONG_SYNTAX = re.compile("syntax error|unrecognized token|incomplete input")
 LIBRARY_ERRORS: dict[type[sqlite3.Error], type[PersistenceError]] = {
     sqlite3.DataError: DataError,
     sqlite3.IntegrityError: IntegrityError,
@@ -103,6 +106,8 @@ class SQLiteFile(SQLiteDatastore):
             # Small ones are better served by a short log, which stops growing sooner.
             checkpoint = CHECKPOINT if rows < BULK else BULK_CHECKPOINT
             self._tune(self._writer, "wal_autocheckpoint", checkpoint)
+            # Of each page that a statement of many rows changes a copy is kept until it ends.
+            self._tune(self._writer, "temp_store", "MEMORY" if rows else "DEFAULT")
             yield self._writer
         finally:
             self._writers_turn.release()
@@ -155,11 +160,19 @@ def library_errors() -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        kind = LIBRARY_ERRORS.get(type(error), PersistenceError)
-        # The driver calls it operational; it is a statement that is wrong, and will stay so.
-        if getattr(error, "sqlite_errorcode", 0) & PRIMARY == sqlite3.SQLITE_ERROR:
-            kind = ProgrammingError
-        raise kind(str(error)) from error
+        raise _as_librarys(error) from error
+
+
+def _as_librarys(error: sqlite3.Error) -> PersistenceError:
+    text = str(error)
+    if getattr(error, "sqlite_errorcode", 0) & PRIMARY != sqlite3.SQLITE_ERROR:
+        return LIBRARY_ERRORS.get(type(error), PersistenceError)(text)
+    # The driver calls it operational, but it is no outage; and what is quoted may be a value.
+    if WRONG_NAME.search(text):
+        return ProgrammingError(text)
+    if WRONG_SYNTAX.search(text):
+        return ProgrammingError("syntax error")
+    return DataError(text.partition(" near ")[0])  # as "malformed JSON"
 
 
 class Joined:
@@ -185,11 +198,10 @@ def insert_rows(
     rows: Sequence[Sequence[object]],
     on_conflict: str = "",
 ) -> None:
-    """Insert rows, many in one statement; one that is refused ends the transaction.
+    """Insert rows, many in one statement.
 
     The driver gives up the interpreter's lock at every step of a statement. One row a step
-    makes it wait for the lock after each, while other threads compute. And were the statement
-    alone to be undone, SQLite would write a copy of each page that it changes into a file.
+    makes it wait for the lock after each, while other threads compute.
     """
     at_once = AT_ONCE
     while rows and at_once * len(rows[0]) > VARIABLES:
@@ -202,7 +214,7 @@ def insert_rows(
 @lru_cache
 def _insert_statement(into: str, columns: int, rows: int, on_conflict: str) -> str:
     values = ",".join([f"({marks(columns)})"] * rows)
-    return f"INSERT OR ROLLBACK INTO {into} VALUES {values}{on_conflict}"
+    return f"INSERT INTO {into} VALUES {values}{on_conflict}"
 
 
 def marks(number: int) -> str:

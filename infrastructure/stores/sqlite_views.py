@@ -78,7 +78,7 @@ class SQLiteViews(TableViews[SQLiteFile | Joined, sqlite3.Cursor]):
             try:
                 yield cursor
             finally:
-                cursor.execute("ROLLBACK")
+                cursor.connection.rollback()  # nothing, if an error has ended it
 
     def _run(self, cursor: sqlite3.Cursor, sql: str, values: Sequence[object] = ()) -> Rows:
         return cursor.execute(sql, values)
@@ -98,7 +98,7 @@ class SQLiteViews(TableViews[SQLiteFile | Joined, sqlite3.Cursor]):
             cursor.execute(
                 f"SELECT position, epoch, ifnull(owner, ''), ifnull(lease > {self.now}, 0), built, "
                 "(SELECT count(*) FROM leftfold_dead_letters AS d WHERE d.name = c.name "
-                "AND d.version = c.version), failure FROM leftfold_checkpoints AS c "
+                f"AND d.version = c.version), {self.failure} FROM leftfold_checkpoints AS c "
                 "WHERE name = ? AND version = ?",
                 (reader.name, reader.version),
             )
@@ -123,8 +123,7 @@ class SQLiteViews(TableViews[SQLiteFile | Joined, sqlite3.Cursor]):
             reader, at = change.reader, change.checkpoint
             cursor.execute(
                 "UPDATE leftfold_checkpoints SET position = ?, epoch = epoch + ?, "
-                "built = built OR ?, failure = '' "
-                "WHERE name = ? AND version = ? AND position = ? AND epoch = ?",
+                "built = built OR ? WHERE name = ? AND version = ? AND position = ? AND epoch = ?",
                 (position, is_fence, is_built, reader.name, reader.version, at.position, at.epoch),
             )
             if cursor.rowcount != 1:

@@ -31,7 +31,7 @@ D = TypeVar("D")
 C = TypeVar("C")
 
 
-TOGETHER = 250
+AT_ONCE = 250
 """Events that a query asks for at once."""
 
 
@@ -77,6 +77,10 @@ class TableViews(Generic[D, C]):
     dialect: ClassVar[sa.Dialect]
     head: ClassVar[str]
     """The query for the log's last position."""
+
+    # Releases that know nothing of it move the epoch on, too.
+    failure: ClassVar[str] = "CASE WHEN failed_in = epoch THEN failure ELSE '' END"
+    """The column of a checkpoint that says why its reader stopped."""
 
     log: Writing
     """Set before pages with events are written."""
@@ -176,7 +180,7 @@ class TableViews(Generic[D, C]):
         return DeadLetter(position, key, *values)
 
     def _allow_time(self, cursor: C) -> None:
-        """Do something to all rows of a view, which may take long."""
+        """Let what follows, which concerns all rows of a view, take long."""
 
     def _lock(self, cursor: C, readers: Sequence[Reader]) -> None:
         """Let no page of these readers come between."""
@@ -234,7 +238,7 @@ class TableViews(Generic[D, C]):
         with self._changing() as cursor:
             self._run(
                 cursor,
-                "UPDATE leftfold_checkpoints SET failure = ? "
+                "UPDATE leftfold_checkpoints SET failure = ?, failed_in = epoch "
                 "WHERE name = ? AND version = ? AND position = ? AND epoch = ?",
                 (failure, reader.name, reader.version, at.position, at.epoch),
             )
@@ -262,8 +266,8 @@ class TableViews(Generic[D, C]):
         ]
         found: list[int] = []
         with self._reading() as cursor:
-            for begin in range(0, len(asked), TOGETHER):
-                conditions, values = zip(*asked[begin : begin + TOGETHER], strict=True)
+            for begin in range(0, len(asked), AT_ONCE):
+                conditions, values = zip(*asked[begin : begin + AT_ONCE], strict=True)
                 (position,) = self._run(
                     cursor,
                     "SELECT min(position) FROM leftfold_dead_letters "
@@ -373,7 +377,6 @@ class TableViews(Generic[D, C]):
 
     def define(self, reader: Reader) -> None:
         with self._changing(defines=True) as cursor:
-            self._allow_time(cursor)
             self._set_up(cursor, reader)
 
     def _set_up(self, cursor: C, reader: Reader) -> None:
@@ -489,7 +492,7 @@ class TableViews(Generic[D, C]):
                 )
                 self._run(
                     cursor,
-                    "UPDATE leftfold_checkpoints SET epoch = epoch + 1, failure = '' "
+                    "UPDATE leftfold_checkpoints SET epoch = epoch + 1 "
                     "WHERE name = ? AND version = ?",
                     who,
                 )

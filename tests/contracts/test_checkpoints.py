@@ -241,14 +241,18 @@ class CheckpointContract:
         assert at(views, stock).epoch == begun.checkpoint.epoch + 1
         assert (at(views, stock).position, at(views, stock).owner) == (0, "me")
 
-    def test_why_a_reader_stopped_is_kept_until_it_gets_on(self, views):
+    def test_why_a_reader_stopped_is_kept_until_another_takes_it_over(self, views):
+        views.hold([stock], "me", 60)
         views.halt(stock, at(views, stock), "it is bad")
         assert at(views, stock).failure == "it is bad"
         assert at(views, sales).failure == ""
         views.hold([stock], "me", 60)
+        views.release("me")
         assert at(views, stock).failure == "it is bad"
-        assert views.write([change(views, stock)], 5)
+        views.hold([stock], "other", 60)
         assert at(views, stock).failure == ""
+        views.halt(stock, at(views, stock), "it is bad still")
+        assert at(views, stock).failure == "it is bad still"
 
     def test_why_a_reader_stopped_is_forgotten_with_a_change_from_outside(self, views):
         views.halt(stock, at(views, stock), "it is bad")
@@ -507,6 +511,12 @@ class CheckpointContract:
         assert views.take_over(stock, anew) == Comparison(0, 0, 0, 0)
         assert at(views, stock) == begun.checkpoint._replace(epoch=begun.checkpoint.epoch + 1)
         assert not views.write([begun], 6)
+
+    def test_what_is_dropped_has_not_stopped_once_it_is_there_again(self, views, anew):
+        views.halt(anew, at(views, anew), "it is bad")
+        views.drop(anew)
+        views.define(anew)
+        assert at(views, anew).failure == ""
 
     def test_a_view_that_stopped_goes_on_with_the_rows_that_it_takes_over(self, views, anew):
         views.halt(stock, at(views, stock), "it is bad")

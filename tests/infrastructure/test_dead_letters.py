@@ -494,6 +494,70 @@ async def test_a_view_that_halted_goes_on_when_another_process_asks_for_it(
         assert await rows(shop, view) == {"A": 7}
 
 
+async def test_who_lets_a_view_go_on_sees_at_once_that_it_may(shared_url, register, sell):
+    view = sales(Fault(7), on_poison="halt")
+    async with opened(shared_url, view) as shop:
+        await shop.commands.dispatch(register("A", 100))
+        await sold(shop, sell, 7)
+        assert isinstance((await shop.catch_up()).error, ViewStopped)
+    async with opened(shared_url, view, follow=False) as other:
+        for see_to_it in (other.retry, other.drop_dead_letters):
+            assert health(other).state == "halted"
+            await see_to_it("sales")
+            assert (health(other).state, health(other).failure) == ("free", None)
+            (at,) = other._store.views.checkpoints([view])
+            other._store.views.halt(view, at, "again")
+            await until(lambda: health(other).state == "halted")
+
+
+def telling(url, *, by):
+    """A view that keeps the names of items in a table of its own, by a statement for each."""
+    view = sales(Fault())
+    mark = "?" if url.startswith("sqlite") else "%s"
+
+    @view.executing
+    def execute(execute, events):
+        for event in events:
+            if isinstance(event, ItemRegistered):
+                by(execute, event.name, mark)
+
+    return view
+
+
+async def test_a_value_that_a_views_own_statement_does_not_take_is_the_events_fault(
+    shared_url, register
+):
+    def in_json(execute, name, mark):
+        taken = f"json_extract({mark}, '$')"
+        if mark != "?":
+            taken = f"{mark}::json"
+        execute(f"SELECT {taken}", (name,))
+
+    view = telling(shared_url, by=in_json)
+    async with opened(shared_url, view) as shop:
+        names = {"A": "{}", "B": '{"secret', "C": "[]"}
+        for sku, name in names.items():
+            command = register(sku).model_copy(update={"name": name})
+            (await shop.commands.dispatch(command)).unwrap()
+        (await shop.catch_up()).unwrap()
+        (letter,) = await shop.dead_letters("sales")
+        assert letter.position == 2
+        assert "secret" not in letter.error
+
+
+async def test_why_a_view_stopped_quotes_no_value(shared_url, register):
+    def unwisely(execute, name, mark):
+        execute(f"SELECT ('{name}')")
+
+    view = telling(shared_url, by=unwisely)
+    async with opened(shared_url, view) as shop:
+        command = register("A").model_copy(update={"name": "Pat O'Brien"})
+        (await shop.commands.dispatch(command)).unwrap()
+        assert isinstance((await shop.catch_up()).error, ViewStopped)
+        assert "ProgrammingError" in health(shop).failure
+        assert "Brien" not in health(shop).failure
+
+
 async def test_a_row_that_is_too_large_for_an_index_is_parked(postgres_url, register, sell):
     wide = Projection("wide", version=1, row=Sales, indexes=["sku"])
     text = "".join(chr(0x4E00 + n * 7919 % 20_000) for n in range(6_000))

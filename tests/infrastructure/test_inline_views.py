@@ -124,6 +124,17 @@ async def test_of_many_at_once_one_that_fails_its_own_statements_fails_alone(sha
         assert shown(shop, view) == ["a", "b", "c", "w"]
 
 
+async def test_a_statement_of_its_own_that_is_wrong_is_no_outage(shared_url, register):
+    view = names()
+    view.executing(lambda execute, events: execute("INSERT INTO nowhere VALUES (1)"))
+    async with opened(shared_url, view) as shop:
+        for sku in ("A", "B"):
+            answer = await shop.commands.dispatch(named(register, sku, sku))
+            assert answer == Err(Unstorable("ProgrammingError"))
+        (breaker, *_) = shop.health().parts
+        assert breaker.counters["failures"] == 0
+
+
 async def test_what_is_too_long_for_an_index_fails_alone_and_is_no_outage(postgres_url, register):
     view, draw = names(), random.Random(1)
     async with opened(postgres_url, view) as shop:

@@ -546,6 +546,22 @@ async def test_a_comparison_may_take_longer_than_other_calls_of_the_store(postgr
         assert await shop.compare_versions("sold_units") == Comparison(4, 0, 0, 0)
 
 
+async def test_closing_does_not_wait_for_a_comparison(postgres_url, fill):
+    old, new = sold_units(), sold_units(version=2)
+    async with of(postgres_url, old) as shop:
+        await fill(shop)
+    execute(postgres_url, "ALTER TABLE sold_units_v1 RENAME TO all_sold")
+    execute(
+        postgres_url, "CREATE VIEW sold_units_v1 AS SELECT all_sold.* FROM all_sold, pg_sleep(60)"
+    )
+    comparing = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
+    async with of(postgres_url, new) as shop:
+        (await shop.catch_up()).unwrap()
+        await until(lambda: execute(postgres_url, comparing) == [(1,)])
+        begun = monotonic()
+    assert monotonic() - begun < 4  # those that hang are given five
+
+
 async def test_a_rebuild_ends_though_the_view_is_written_without_a_break(shared_url, fill, sell):
     view = sold_units()
     async with of(shared_url, view) as shop, beside(shop, view, follow=False) as other:

@@ -65,6 +65,17 @@ async def test_a_refused_save_fails_alone(shared_url, register, monkeypatch, in_
         assert not (await shop.queries.dispatch(ItemHistory(sku="S7"))).is_ok()
 
 
+async def test_a_trigger_of_the_programs_own_does_as_it_says(sqlite_url, register):
+    async with open_items(sqlite_url) as shop:
+        with closing(sqlite3.connect(sqlite_url.removeprefix("sqlite:///"))) as connection:
+            connection.executescript(
+                "CREATE TABLE seen (topic TEXT PRIMARY KEY);"
+                "CREATE TRIGGER see AFTER INSERT ON stored_events BEGIN "
+                "INSERT OR IGNORE INTO seen VALUES (NEW.topic); END"
+            )
+        (await shop.commands.dispatch_all([register(f"S{n}") for n in range(30)])).unwrap()
+
+
 async def test_to_be_refused_is_no_outage(shared_url, register):
     async with open_items(shared_url) as shop:
         forbid_spoons(shared_url)

@@ -23,14 +23,3 @@ def test_rows_are_inserted_however_many_columns_they_have(columns):
             1_100,
             sum(range(1_100)),
         )
-
-
-def test_a_row_that_is_refused_ends_the_transaction():
-    with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
-        connection.execute("CREATE TABLE one (n INTEGER PRIMARY KEY)")
-        connection.execute("BEGIN")
-        insert_rows(connection, "one", [[n] for n in range(2_000)])
-        with pytest.raises(sqlite3.IntegrityError):
-            insert_rows(connection, "one", [[2_000], [7]])
-        assert not connection.in_transaction
-        assert connection.execute("SELECT count(*) FROM one").fetchone() == (0,)
