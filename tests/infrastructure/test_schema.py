@@ -135,7 +135,8 @@ async def test_another_schema_version_is_refused(shared_url, create_tables):
 
 async def test_a_store_of_an_older_release_gets_what_it_lacks(shared_url, register):
     await opens(open_items(shared_url))
-    execute(shared_url, "ALTER TABLE leftfold_checkpoints DROP COLUMN failure")
+    for column in ("failure", "failed_in"):
+        execute(shared_url, f"ALTER TABLE leftfold_checkpoints DROP COLUMN {column}")
     execute(shared_url, "UPDATE leftfold_schema SET version = 3")
     with pytest.raises(SchemaVersionError):
         await opens(open_items(settings=Settings(store=shared_url, create_tables=False)))
