@@ -490,7 +490,8 @@ class Follower:
             async with self._comparing:
                 compared = await self.compare(reader, self._platform.in_thread)
         except (PersistenceError, NotRunningError) as error:
-            _log.warning("%s is not compared: %s", reader.full_name, described(error))
+            if not self._is_stopping:  # then it is cut
+                _log.warning("%s is not compared: %s", reader.full_name, described(error))
             return
         if compared is not None:
             reader.compared = compared

@@ -25,6 +25,8 @@ T = TypeVar("T")
 
 AT_ONCE = 1_024  # values or rows in one statement
 VARIABLES = 32_766  # in one statement, at most
+FEW = 32  # of which any number has a statement of its own
+STATEMENTS = 512  # that a connection remembers
 IDLE_READERS = 8
 BULK = 500  # rows from which a transaction is large
 CHECKPOINT, BULK_CHECKPOINT = 1_000, 8_000  # pages in the write-ahead log before it is moved
@@ -137,7 +139,11 @@ class SQLiteFile(SQLiteDatastore):
             raise OperationalError(msg)
         # As the library's pool does it, but for the statements: that keeps one, and compiles anew.
         connection = sqlite3.connect(
-            self._path, timeout=self._lock_timeout, isolation_level=None, check_same_thread=False
+            self._path,
+            timeout=self._lock_timeout,
+            isolation_level=None,
+            check_same_thread=False,
+            cached_statements=STATEMENTS,
         )
         connection.row_factory = sqlite3.Row
         return SQLiteConnection(connection, max_age=None)
@@ -211,7 +217,7 @@ def insert_rows(
         connection.execute(statement, list(chain.from_iterable(chunk)))
 
 
-@lru_cache
+@lru_cache(STATEMENTS)
 def _insert_statement(into: str, columns: int, rows: int, on_conflict: str) -> str:
     values = ",".join([f"({marks(columns)})"] * rows)
     return f"INSERT INTO {into} VALUES {values}{on_conflict}"
@@ -229,13 +235,15 @@ def as_stored(stored: bytes) -> UUID:
 
 
 def chunks(values: Sequence[T], at_once: int = AT_ONCE) -> Iterator[Sequence[T]]:
-    """Part values by halves: 1024, 512, …, 1, so that statements are few.
+    """Part values by halves, 1024, 512, …, and let the last few together.
 
-    A connection remembers the statements that it has compiled.
+    A connection remembers the statements that it has compiled, and for each that it runs it has
+    to wait for the interpreter's lock.
     """
     begin = 0
     while begin < len(values):
-        while at_once > len(values) - begin:
+        left = len(values) - begin
+        while at_once > max(left, FEW):
             at_once //= 2
         yield values[begin : begin + at_once]
         begin += at_once

@@ -7,7 +7,7 @@ from contextlib import closing
 
 import pytest
 
-from leftfold.infrastructure.stores.sqlite_file import VARIABLES, insert_rows
+from leftfold.infrastructure.stores.sqlite_file import AT_ONCE, FEW, VARIABLES, chunks, insert_rows
 
 
 @pytest.mark.parametrize("columns", [1, 31, 32, 40, 2_000])
@@ -23,3 +23,13 @@ def test_rows_are_inserted_however_many_columns_they_have(columns):
             1_100,
             sum(range(1_100)),
         )
+
+
+def test_values_are_parted_into_few_sizes_of_which_the_last_is_what_is_left():
+    sizes = set()
+    for number in range(3_000):
+        parts = list(chunks(range(number)))
+        assert [value for part in parts for value in part] == list(range(number))
+        sizes.update(map(len, parts))
+    assert sizes == {*range(1, FEW + 1), *(FEW << n for n in range(6))}
+    assert max(sizes) == AT_ONCE
