@@ -446,7 +446,8 @@ class Store(Protocol):
     def cut(self, seconds: float) -> None:
         """Make the calls fail that the database has not answered for so long.
 
-        What concerns all rows of a view has more time, unless all are cut: `-inf`.
+        What concerns all rows of a view has more time, unless all are cut: `-inf`. A database in
+        this process does not hang, and cuts nothing.
         """
         ...
 

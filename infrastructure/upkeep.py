@@ -112,8 +112,12 @@ class Upkeep:
         """Give up the dead letters of readers of a name, or one; return how many events."""
         dropped = 0
         for reader in self._named(name):
-            dropped += await self._in_thread(self._pages.drop, reader.reader, position)
-            await self._let_go_on(reader)
+            given_up = await self._in_thread(self._pages.drop, reader.reader, position)
+            if given_up or reader.why_stopped is None:
+                reader.may_go_on()  # it was changed from outside, if it was
+            else:
+                await self._let_go_on(reader)
+            dropped += given_up
         self._follower.follow_again()
         return dropped
 

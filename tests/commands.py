@@ -16,7 +16,7 @@ TIMEOUT = 60.0  # seconds
 
 # Most of what a command takes is to import: half a second, a hundred times over.
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["leftfold.infrastructure.cli.app", __name__])
+_forks.set_forkserver_preload(["leftfold.infrastructure.cli.app"])
 
 
 def carry_out(
@@ -30,6 +30,7 @@ def carry_out(
         process.join(TIMEOUT)
         if process.exitcode is None:
             process.kill()
+            process.join()
             raise subprocess.TimeoutExpired(list(arguments), TIMEOUT)
         return subprocess.CompletedProcess(
             list(arguments), process.exitcode, output.read_text(), errors.read_text()

@@ -6,10 +6,12 @@ import json
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 from uuid import UUID
 
 from eventsourcing.persistence import (
+    DataError,
     IntegrityError,
     Notification,
     OperationalError,
@@ -33,6 +35,8 @@ from leftfold.domain import LeftfoldError
 from leftfold.infrastructure.errors import ViewChangedError
 
 _log = logging.getLogger("leftfold.stores")
+
+OF_VIEWS = "in an inline view"
 
 SCHEMA_VERSION = 4
 MAX_VERSION = 2**62
@@ -190,9 +194,23 @@ def refused(error: LeftfoldError) -> Failed:
     return Failed(str(error), is_refusal=True, refusal=refusal)
 
 
+@contextmanager
+def noted() -> Iterator[None]:
+    """Note on what the block raises that it is of inline views."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(OF_VIEWS)
+        raise
+
+
 def is_of_views(error: Exception) -> bool:
-    """Tell whether a commit fails with an inline view's own statements, and not with the store."""
-    return isinstance(error, ProgrammingError) or not isinstance(error, PersistenceError)
+    """Tell whether a commit fails with what inline views make of it, and not with the store."""
+    raised = error, error.__cause__  # the library's error, and the driver's
+    if not any(OF_VIEWS in getattr(each, "__notes__", ()) for each in raised):
+        return False
+    is_wrong = isinstance(error, (DataError, IntegrityError, ProgrammingError))
+    return is_wrong or not isinstance(error, PersistenceError)
 
 
 def failing(error: Exception, run: Run) -> list[Verdict]:

@@ -53,6 +53,7 @@ from leftfold.infrastructure.stores.common import (
     failing,
     is_of_views,
     load_aggregates,
+    noted,
     refused,
 )
 from leftfold.infrastructure.stores.postgres_commits import (
@@ -155,7 +156,7 @@ class PostgresLog(PostgresEvents, Notifying, PostgresProcessRecorder):
         except LeftfoldError as error:  # an inline view does not take it
             return [refused(error)] * len(run.groups)
         except Exception as error:
-            if self.inline is not None and is_of_views(error):
+            if is_of_views(error):
                 return failing(error, run)
             if not isinstance(error, PersistenceError):
                 raise
@@ -171,7 +172,8 @@ class PostgresLog(PostgresEvents, Notifying, PostgresProcessRecorder):
             verdicts = judged(run, *(cursor.fetchone() or ((), ())))
         if self.inline is not None and any(isinstance(v, Committed) for v in verdicts):
             joined = Joined(connection)
-            self.inline(PostgresEvents(joined), self.views.within(joined))
+            with noted():
+                self.inline(PostgresEvents(joined), self.views.within(joined))
         return verdicts
 
     def streams(

@@ -57,6 +57,7 @@ from leftfold.infrastructure.stores.common import (
     failing,
     is_of_views,
     load_aggregates,
+    noted,
     refused,
 )
 from leftfold.infrastructure.stores.sqlite_file import (
@@ -205,11 +206,11 @@ class SQLiteLog(SQLiteEvents, Notifying, SQLiteProcessRecorder):
                 return self.write(connection, run)
         except LeftfoldError as error:  # an inline view does not take it
             return [refused(error)] * len(run.groups)
-        except (DataError, IntegrityError) as error:  # something refuses just what is in a group
-            return [Failed(type(error).__name__, is_refusal=True)] * len(run.groups)
         except Exception as error:
-            if self.inline is not None and is_of_views(error):
+            if is_of_views(error):
                 return failing(error, run)
+            if isinstance(error, (DataError, IntegrityError)):  # it is just what is in a group
+                return [Failed(type(error).__name__, is_refusal=True)] * len(run.groups)
             if not isinstance(error, PersistenceError):
                 raise
             # SQLite is in this process: a commit that fails is rolled back.
@@ -222,7 +223,8 @@ class SQLiteLog(SQLiteEvents, Notifying, SQLiteProcessRecorder):
         positions = iter(_insert_saves(connection, [s for g in good for s in g.saves]))
         if self.inline is not None and good:
             joined = Joined(connection)
-            self.inline(SQLiteEvents(joined), self.views.within(joined))
+            with noted():
+                self.inline(SQLiteEvents(joined), self.views.within(joined))
         return [
             verdict or Committed(tuple(islice(positions, len(group.saves))))
             for group, verdict in zip(run.groups, verdicts, strict=True)

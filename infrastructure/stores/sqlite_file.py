@@ -32,8 +32,13 @@ BULK = 500  # rows from which a transaction is large
 CHECKPOINT, BULK_CHECKPOINT = 1_000, 8_000  # pages in the write-ahead log before it is moved
 CACHE = 32_768  # KiB of pages the writer keeps: the index on aggregates is written at random
 PRIMARY = 0xFF  # of an error's code: the rest tells more
-WRONG_NAME = re.compile("no such |has no column|wrong number of arguments")
-WRONG_SYNTAX = re.compile("syntax error|unrecognized token|incomplete input")
+OF_VALUES = re.compile(
+    "malformed JSON|JSON path error|JSON cannot hold|integer overflow|ESCAPE expression|"
+    "malformed MATCH|unknown special query|fts5"
+)
+"""What SQLite says of values with the code that it has for wrong statements."""
+QUOTED = re.compile("""^near .*: |: ["'].*|(?<=no such column): .*""", re.DOTALL)
+"""What of a statement is not repeated: it may be a value that somebody wrote into it."""
 LIBRARY_ERRORS: dict[type[sqlite3.Error], type[PersistenceError]] = {
     sqlite3.DataError: DataError,
     sqlite3.IntegrityError: IntegrityError,
@@ -109,7 +114,8 @@ class SQLiteFile(SQLiteDatastore):
             checkpoint = CHECKPOINT if rows < BULK else BULK_CHECKPOINT
             self._tune(self._writer, "wal_autocheckpoint", checkpoint)
             # Of each page that a statement of many rows changes a copy is kept until it ends.
-            self._tune(self._writer, "temp_store", "MEMORY" if rows else "DEFAULT")
+            if rows:  # not before an index is made; and to change it empties temporary tables
+                self._tune(self._writer, "temp_store", "MEMORY")
             yield self._writer
         finally:
             self._writers_turn.release()
@@ -173,12 +179,9 @@ def _as_librarys(error: sqlite3.Error) -> PersistenceError:
     text = str(error)
     if getattr(error, "sqlite_errorcode", 0) & PRIMARY != sqlite3.SQLITE_ERROR:
         return LIBRARY_ERRORS.get(type(error), PersistenceError)(text)
-    # The driver calls it operational, but it is no outage; and what is quoted may be a value.
-    if WRONG_NAME.search(text):
-        return ProgrammingError(text)
-    if WRONG_SYNTAX.search(text):
-        return ProgrammingError("syntax error")
-    return DataError(text.partition(" near ")[0])  # as "malformed JSON"
+    # The driver calls it operational, but it is no outage.
+    found = OF_VALUES.search(text)
+    return DataError(found.group()) if found else ProgrammingError(QUOTED.sub("", text))
 
 
 class Joined:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import random
-from contextlib import asynccontextmanager
+import sqlite3
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, replace
 from string import ascii_letters
 
+import psycopg
 import pytest
 
 from leftfold.application import (
@@ -124,15 +126,32 @@ async def test_of_many_at_once_one_that_fails_its_own_statements_fails_alone(sha
         assert shown(shop, view) == ["a", "b", "c", "w"]
 
 
-async def test_a_statement_of_its_own_that_is_wrong_is_no_outage(shared_url, register):
+async def test_a_statement_of_its_own_that_is_wrong_is_no_outage(shared_url, register, caplog):
     view = names()
     view.executing(lambda execute, events: execute("INSERT INTO nowhere VALUES (1)"))
     async with opened(shared_url, view) as shop:
         for sku in ("A", "B"):
             answer = await shop.commands.dispatch(named(register, sku, sku))
             assert answer == Err(Unstorable("ProgrammingError"))
+        assert "nowhere" in caplog.text
         (breaker, *_) = shop.health().parts
         assert breaker.counters["failures"] == 0
+
+
+async def test_what_is_wrong_with_the_store_itself_is_an_outage_with_inline_views_too(
+    shared_url, register
+):
+    async with opened(shared_url, names()) as shop:
+        (await shop.commands.dispatch(named(register, "A", "A"))).unwrap()
+        gone = "ALTER TABLE leftfold_commands RENAME TO elsewhere"
+        if shared_url.startswith("sqlite"):
+            with closing(sqlite3.connect(shared_url.removeprefix("sqlite:///"))) as database:
+                database.execute(gone)
+        else:
+            with psycopg.connect(shared_url, autocommit=True) as database:
+                database.execute(gone)
+        answer = await shop.commands.dispatch(named(register, "B", "B"))
+        assert isinstance(answer.error, EventStoreUnavailable)
 
 
 async def test_what_is_too_long_for_an_index_fails_alone_and_is_no_outage(postgres_url, register):
