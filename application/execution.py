@@ -158,7 +158,7 @@ class Execution:
     async def _carry_out(self, parts: Sequence[Dispatch[Any]], known: Known) -> Answers:
         wanted: Wanted = {}
         while True:
-            unit = Unit(self._memory)
+            unit = Unit(self._memory, self._platform)
             moment = self._platform.now()  # one for all that is recorded
             token = current_unit.set(unit)
             time = clock.use(partial(_same, moment))
@@ -217,9 +217,9 @@ class Execution:
         """Answer as the first time."""
         keys = self._mapper.keys
         if first.answer is None or keys is None:
-            return _answer_again(part, first, keys)
+            return _first_answer(part, first, keys)
         # Not on the loop: it may ask for a key.
-        return await self._platform.in_thread(_answer_again, part, first, keys)
+        return await self._platform.in_thread(_first_answer, part, first, keys)
 
     async def _confirm(self, unit: Unit, parts: Sequence[Dispatch[Any]], known: Known) -> None:
         """Begin again if an answer rests on an older state, or repeats what was done before."""
@@ -292,7 +292,7 @@ class Execution:
         for part in parts:
             if part.handling.blocking or part.command_id in known:
                 continue
-            probe = Unit(self._memory)
+            probe = Unit(self._memory, self._platform)
             probe.may_take = False
             token = current_unit.set(probe)
             try:
@@ -511,7 +511,7 @@ def _dump_answer(
     return document
 
 
-def _answer_again(part: Dispatch[Any], first: RecordedCommand, keys: Keys | None) -> Any:
+def _first_answer(part: Dispatch[Any], first: RecordedCommand, keys: Keys | None) -> Any:
     if first.command != part.name:
         raise CommandIdReused(part.command_id, first.command, part.name)
     if first.answer is None:

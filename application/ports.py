@@ -39,6 +39,10 @@ class Platform(Protocol):
         """Return an id that nobody else has."""
         ...
 
+    def thread(self) -> int:
+        """Return which thread this is."""
+        ...
+
     async def sleep(self, seconds: float) -> None:
         """Wait some seconds."""
         ...

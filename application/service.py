@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from enum import Enum
-from threading import get_ident  # noqa: TID251 - starts no thread: it tells those of handlers
 from typing import Any, ClassVar, Protocol, TypeVar
 from uuid import UUID, uuid4
 
@@ -19,6 +18,7 @@ from leftfold.application.errors import DispatchOverError
 from leftfold.application.mapper import EventMapper
 from leftfold.application.memory import Hand, Memory
 from leftfold.application.messages import Handling
+from leftfold.application.ports import Platform
 from leftfold.application.receipt import Receipt
 from leftfold.domain import Aggregate, AggregateNotFound, Event, project
 
@@ -57,6 +57,7 @@ class Unit:
 
     __slots__ = (
         "_memory",
+        "_platform",
         "_thread",
         "_used",
         "believed",
@@ -69,10 +70,11 @@ class Unit:
         "versions",
     )
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, memory: Memory, platform: Platform) -> None:
         """Take aggregates from this memory, which is this thread's."""
         self._memory = memory
-        self._thread = get_ident()
+        self._platform = platform
+        self._thread = platform.thread()
         self.hands: dict[UUID, Hand] = {}
         self.events: list[Event] = []
         self.versions: dict[UUID, int] = {}
@@ -96,7 +98,7 @@ class Unit:
         missing: dict[UUID, type[Aggregate]] = {}
         for aggregate_id in aggregate_ids:
             hand = hands.get(aggregate_id)
-            if hand is None and self.may_take and get_ident() == self._thread:
+            if hand is None and self.may_take and self._platform.thread() == self._thread:
                 hand = self._memory.take_current(aggregate_id)
             if hand is None:
                 missing[aggregate_id] = aggregate_type

@@ -107,6 +107,9 @@ class SystemPlatform:
     def new_id(self) -> uuid.UUID:
         return _ids.new()
 
+    def thread(self) -> int:
+        return threading.get_ident()
+
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
 

@@ -104,7 +104,10 @@ class Upkeep:
                 fold = Fold(work.reader, work.process)
                 well, ill = await self._in_thread(self._pages.retry, fold)
             released, kept = released + well, kept + ill
-            await self._let_go_on(reader)
+            if not reader.is_local:
+                # Whoever stopped sees it.
+                await self._in_thread(self._pages.change, reader.reader, (), ())
+            reader.may_go_on()
         self._follower.follow_again()
         return Retried(released, kept)
 
@@ -113,19 +116,11 @@ class Upkeep:
         dropped = 0
         for reader in self._named(name):
             given_up = await self._in_thread(self._pages.drop, reader.reader, position)
-            if given_up or reader.why_stopped is None:
-                reader.may_go_on()  # it was changed from outside, if it was
-            else:
-                await self._let_go_on(reader)
+            if given_up:
+                reader.may_go_on()
             dropped += given_up
         self._follower.follow_again()
         return dropped
-
-    async def _let_go_on(self, reader: Followed) -> None:
-        """Let it go on, wherever it had stopped."""
-        if not reader.is_local:
-            await self._in_thread(self._pages.change, reader.reader, (), ())
-        reader.may_go_on()
 
     async def rebuild(self, name: str, told: Told = untold) -> Comparison:
         """Build a view anew beside itself, and give it the rows that came out differently.

@@ -195,7 +195,7 @@ def refused(error: LeftfoldError) -> Failed:
 
 
 @contextmanager
-def noted() -> Iterator[None]:
+def in_views() -> Iterator[None]:
     """Note on what the block raises that it is of inline views."""
     try:
         yield

@@ -51,9 +51,9 @@ from leftfold.infrastructure.stores.common import (
     commit_in_runs,
     encoded,
     failing,
+    in_views,
     is_of_views,
     load_aggregates,
-    noted,
     refused,
 )
 from leftfold.infrastructure.stores.postgres_commits import (
@@ -172,7 +172,7 @@ class PostgresLog(PostgresEvents, Notifying, PostgresProcessRecorder):
             verdicts = judged(run, *(cursor.fetchone() or ((), ())))
         if self.inline is not None and any(isinstance(v, Committed) for v in verdicts):
             joined = Joined(connection)
-            with noted():
+            with in_views():
                 self.inline(PostgresEvents(joined), self.views.within(joined))
         return verdicts
 

@@ -55,9 +55,9 @@ from leftfold.infrastructure.stores.common import (
     dump_aggregates,
     encoded,
     failing,
+    in_views,
     is_of_views,
     load_aggregates,
-    noted,
     refused,
 )
 from leftfold.infrastructure.stores.sqlite_file import (
@@ -223,7 +223,7 @@ class SQLiteLog(SQLiteEvents, Notifying, SQLiteProcessRecorder):
         positions = iter(_insert_saves(connection, [s for g in good for s in g.saves]))
         if self.inline is not None and good:
             joined = Joined(connection)
-            with noted():
+            with in_views():
                 self.inline(SQLiteEvents(joined), self.views.within(joined))
         return [
             verdict or Committed(tuple(islice(positions, len(group.saves))))

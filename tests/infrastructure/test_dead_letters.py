@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import sqlite3
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from uuid import uuid4
 
-import psycopg
 import pytest
+from databases import execute
 from eventsourcing.persistence import JSONTranscoder
 from waiting import until
 
@@ -503,13 +502,22 @@ async def test_who_lets_a_view_go_on_sees_at_once_that_it_may(shared_url, regist
         await sold(shop, sell, 7)
         assert isinstance((await shop.catch_up()).error, ViewStopped)
     async with opened(shared_url, view, follow=False) as other:
-        for see_to_it in (other.retry, other.drop_dead_letters):
-            assert health(other).state == "halted"
-            await see_to_it("sales")
-            assert (health(other).state, health(other).failure) == ("free", None)
-            (at,) = other._store.views.checkpoints([view])
-            other._store.views.halt(view, at, "again")
-            await until(lambda: health(other).state == "halted")
+        assert health(other).state == "halted"
+        assert await other.drop_dead_letters("sales") == 0
+        assert health(other).state == "halted"
+        await other.retry("sales")
+        assert (health(other).state, health(other).failure) == ("free", None)
+
+
+async def test_to_give_up_nothing_changes_nothing(shared_url, register, sell):
+    view = sales(Fault())
+    async with opened(shared_url, view) as shop:
+        await shop.commands.dispatch(register("A", 100))
+        await sold(shop, sell, 7)
+        (await shop.catch_up()).unwrap()
+        before = shop._store.views.checkpoints([view])
+        assert await shop.drop_dead_letters("sales") == 0
+        assert shop._store.views.checkpoints([view]) == before
 
 
 def telling(url, *, by):
@@ -549,13 +557,7 @@ async def test_a_value_that_a_views_own_statement_does_not_take_is_the_events_fa
 async def test_a_statement_that_is_wrong_for_every_event_stops_the_view(shared_url, register):
     view = telling(shared_url, by=lambda execute, *_: execute("INSERT INTO told VALUES (1, 2, 3)"))
     async with opened(shared_url, view) as shop:
-        with_two = "CREATE TABLE told (a int, b int)"
-        if shared_url.startswith("sqlite"):
-            with closing(sqlite3.connect(shared_url.removeprefix("sqlite:///"))) as database:
-                database.execute(with_two)
-        else:
-            with psycopg.connect(shared_url, autocommit=True) as database:
-                database.execute(with_two)
+        execute(shared_url, "CREATE TABLE told (a int, b int)")
         (await shop.commands.dispatch(register("A"))).unwrap()
         assert isinstance((await shop.catch_up()).error, ViewStopped)
         assert await shop.dead_letters("sales") == ()

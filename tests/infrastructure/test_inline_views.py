@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import random
-import sqlite3
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from string import ascii_letters
 
-import psycopg
 import pytest
+from databases import execute
 
 from leftfold.application import (
     EventStoreUnavailable,
@@ -143,13 +142,7 @@ async def test_what_is_wrong_with_the_store_itself_is_an_outage_with_inline_view
 ):
     async with opened(shared_url, names()) as shop:
         (await shop.commands.dispatch(named(register, "A", "A"))).unwrap()
-        gone = "ALTER TABLE leftfold_commands RENAME TO elsewhere"
-        if shared_url.startswith("sqlite"):
-            with closing(sqlite3.connect(shared_url.removeprefix("sqlite:///"))) as database:
-                database.execute(gone)
-        else:
-            with psycopg.connect(shared_url, autocommit=True) as database:
-                database.execute(gone)
+        execute(shared_url, "ALTER TABLE leftfold_commands RENAME TO elsewhere")
         answer = await shop.commands.dispatch(named(register, "B", "B"))
         assert isinstance(answer.error, EventStoreUnavailable)
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sqlite3
-from contextlib import closing
 from dataclasses import dataclass, replace
 from threading import Event as Gate
 from time import monotonic, sleep
 
-import psycopg
 import pytest
+from databases import execute
 from eventsourcing.persistence import OperationalError
 from waiting import until
 
@@ -165,16 +163,6 @@ def damage(shop, view, changed):
 
 def key(sku):
     return Item.id_of(sku).hex
-
-
-def execute(url, statement):
-    """Run one statement on the database itself."""
-    if url.startswith("sqlite"):
-        with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection, connection:
-            return connection.execute(statement).fetchall()
-    with psycopg.connect(url) as connection:
-        cursor = connection.execute(statement)
-        return cursor.fetchall() if cursor.description else []
 
 
 def tables(url):

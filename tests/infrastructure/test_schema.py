@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sqlite3
-from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from time import monotonic
@@ -12,6 +10,7 @@ from uuid import uuid4
 
 import psycopg
 import pytest
+from databases import execute
 
 from leftfold.application import InvalidModelError, Projection
 from leftfold.application.checkpoints import Change
@@ -35,16 +34,6 @@ pytestmark = pytest.mark.anyio
 @dataclass(frozen=True, slots=True)
 class Lot:
     number: int
-
-
-def execute(url, statement):
-    """Run one statement on the database itself."""
-    if url.startswith("sqlite"):
-        with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection, connection:
-            return connection.execute(statement).fetchall()
-    with psycopg.connect(url) as connection:
-        cursor = connection.execute(statement)
-        return cursor.fetchall() if cursor.description else []
 
 
 def test_a_role_that_may_not_copy_writes_its_rows_all_the_same(postgres_url, caplog):
