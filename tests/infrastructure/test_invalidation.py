@@ -142,19 +142,29 @@ async def test_what_changes_rows_without_an_event_clears_the_cache(
 
 
 async def test_a_cache_that_processes_share_is_cleared_too(shared_url, valkey, register):
-    cache = RedisCache(ItemRow, valkey.url, prefix=uuid4().hex)
+    cache, cleared = RedisCache(ItemRow, valkey.url, prefix=uuid4().hex), []
+    clear = cache.clear
+
+    async def clearing():
+        await clear()
+        cleared.append(True)  # until it ends, what is loaded meanwhile is not kept
+
+    cache.clear = clearing
     try:
         async with opened(shared_url, cache, everywhere=False) as shop:
             written = (await shop.commands.dispatch(register("A", 9))).unwrap()
             (await shop.catch_up()).unwrap()
             assert (await shop.queries.dispatch(GetItem(sku="A"), after=written)).is_ok()
             assert (await cache.get("A")).on_hand == 9
+            assert len(cleared) == 1  # to begin with
             await shop.rebuild("item_stock")
 
-            await until_gone(cache)
+            await until(lambda: len(cleared) == 2)
+            assert await is_gone(cache)
             assert (await shop.queries.dispatch(GetItem(sku="A"))).is_ok()
             await asyncio.sleep(1.2)  # a look
             assert (await cache.get("A")).on_hand == 9
+            assert len(cleared) == 2
     finally:
         await cache.close()
 
