@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Flag, auto
@@ -379,8 +380,19 @@ class ViewStore(Protocol):
         ...
 
 
-Inline: TypeAlias = Callable[[Events, ViewStore], None]
-"""Folds what is new, in the transaction that the events and the views are of."""
+class UnderWay(NamedTuple):
+    """A transaction that has written events, and is yet to be committed."""
+
+    events: Events
+    views: ViewStore
+    before: int | None
+    """The log's end before its own events; None if it has none."""
+    attempt: Callable[[], AbstractContextManager[object]]
+    """Undoes what is written within if that raises, and raises it as the library's error."""
+
+
+Inline: TypeAlias = Callable[[UnderWay], None]
+"""Folds what is new in the log, in the transaction under way."""
 
 
 class Heard(Flag):

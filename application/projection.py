@@ -71,8 +71,8 @@ class Projection(Generic[R]):
         `indexes` are the columns, or tuples of columns, that questions often ask for: each makes
         finding faster and every change of a row slower. An `inline` view is written in the
         transaction of the events; only such a one may have `unique` columns, since only there
-        an event can still be refused. An event that cannot be folded is parked while the view is
-        live, and halts it while it is built, if `on_poison` does not say which.
+        an event can still be refused. Any other event that cannot be folded is parked while the
+        view is live, and halts it while it is built, if `on_poison` does not say which.
         """
         if not is_name(name) or version < 1:
             raise InvalidModelError(f"projection {name!r} version {version}: bad name or version")

@@ -43,6 +43,8 @@ LEASE = 3.0
 """Seconds that a reader is held; renewed at looks, of which there is one each `IDLE` at least."""
 RENEWED = 0.5
 """Seconds for which that is not repeated: to renew is to write, and looks may be many."""
+EVERYBODY = "everybody"
+"""Owns inline views: all who write hold them together, so that it shows that they are in use."""
 SOON = 0.02
 """Seconds between looks at what another process folds while somebody waits for it."""
 SELDOM = 0.1
@@ -412,28 +414,23 @@ class Follower:
 
     def _ask(self, *, holds: bool = False) -> tuple[int, list[Checkpoint]]:
         followed = [reader for reader in self.readers.values() if not reader.is_local]
-        readers = [reader.reader for reader in followed]
-        found = self._views.checkpoints(readers)
+        stored = self._views.checkpoints([reader.reader for reader in followed])
+        found = dict(zip(followed, stored, strict=True))
         head = self._log.head()
-        if holds:
-            now = self._platform.monotonic()
-            is_due = now - self._renewed > RENEWED
-            wanted = [
-                reader.reader
-                for reader, at in zip(followed, found, strict=True)
-                if reader.failure is None
-                and not reader.is_inline
-                and (not at.is_held or (is_due and at.owner == self._owner))
-            ]
-            if wanted:
-                held = self._views.hold(wanted, self._owner, LEASE)
+        now = self._platform.monotonic()
+        is_due = now - self._renewed > RENEWED
+        wanted: dict[str, list[Followed]] = {self._owner: [], EVERYBODY: []}
+        for reader, at in found.items():
+            owner = EVERYBODY if reader.is_inline else self._owner
+            is_to_hold = reader.is_inline or (holds and reader.failure is None)
+            if is_to_hold and (not at.is_held or (is_due and at.owner == owner)):
+                wanted[owner].append(reader)
+        for owner, readers in wanted.items():
+            if readers:
+                held = self._views.hold([reader.reader for reader in readers], owner, LEASE)
+                found.update(zip(readers, held, strict=True))
                 self._renewed = now if is_due else self._renewed
-                by_name = {(r.name, r.version): at for r, at in zip(wanted, held, strict=True)}
-                found = [
-                    by_name.get((r.name, r.version), at)
-                    for r, at in zip(readers, found, strict=True)
-                ]
-        return head, found
+        return head, list(found.values())
 
     def _found(
         self, head: int, found: Sequence[Checkpoint], known: dict[str, Checkpoint] | None = None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import replace
 from itertools import groupby, islice
@@ -26,6 +28,7 @@ from leftfold.application.ports import (
     LoggedEvent,
     Platform,
     Save,
+    UnderWay,
     ViewStore,
 )
 from leftfold.application.process import Process, Reactions
@@ -41,6 +44,8 @@ from leftfold.infrastructure.platform import collector_paused
 from leftfold.infrastructure.rows import indexable
 
 R = TypeVar("R")
+
+_log = logging.getLogger("leftfold.pages")
 
 CACHED_ROWS = 20_000
 """Rows kept between pages, up to twice as many; they are as the last page left them."""
@@ -619,7 +624,8 @@ class InlineViews:
     """Views that are written in the transaction of the events.
 
     Whatever is in the log after their checkpoints is folded there: the events of the transaction,
-    and those that a program without these views has written before.
+    which are refused if that fails, and those that a program without these views has written
+    before. Of these it is too late to refuse any: they are put aside, as by any other view.
     """
 
     def __init__(self, projections: Sequence[Projection[Any]]) -> None:
@@ -629,27 +635,59 @@ class InlineViews:
     def use(self, pages: Pages) -> None:
         """Fold by these pages, and all that the log holds now."""
         self._pages = pages
-        self(pages.log, pages.views)
+        self(UnderWay(pages.log, pages.views, None, nullcontext))
 
-    def __call__(self, events: Events, views: ViewStore) -> None:
+    def __call__(self, under_way: UnderWay) -> None:
         """Fold what is new. Raises what refuses it."""
         if self._pages is None:
             return  # the store is being opened
-        pages = self._pages.within(events, views)
+        pages = self._pages.within(under_way.events, under_way.views)
         for projection in self.projections:
             fold = Fold(projection)
-            fold.adopt(views.checkpoints([projection])[0])
-            has_more, attempts = True, 0
+            fold.adopt(pages.views.checkpoints([projection])[0])
+            if under_way.before is None or fold.checkpoint.position < under_way.before:
+                self._make_good(fold, pages, under_way)
+            has_more = under_way.before is not None
             while has_more:
-                outcome = pages.fold([fold], INLINE)
+                outcome = self._page(fold, pages, INLINE)
                 if outcome.failed:
                     raise failure_of(projection.table, outcome.failed[fold])
-                if outcome.is_lost:  # others open the same view, or build it anew
-                    attempts += 1
-                    if attempts > ATTEMPTS:
-                        raise ViewBusyError(projection.table)
-                    fold.adopt(views.checkpoints([projection])[0])
-                has_more = outcome.has_more or outcome.is_lost
+                has_more = outcome.has_more
+
+    def _make_good(self, fold: Fold[Any], pages: Pages, under_way: UnderWay) -> None:
+        """Fold what is not of this transaction, and put aside what cannot be folded."""
+        before, limit, has_more = under_way.before, INLINE, True
+        while has_more:
+            try:
+                with under_way.attempt():
+                    outcome = self._page(fold, pages, limit, before)
+                    if outcome.failed:
+                        raise outcome.failed[fold]  # noqa: TRY301 - as the store does
+            except Exception as error:
+                if may_pass(error) or not is_poison(error):
+                    raise
+                if fold.policy == "halt":
+                    raise failure_of(fold.reader.table, error) from None
+                if limit > 1:
+                    limit //= 2  # so it is found
+                    continue
+                pages.park(fold, described(error))
+                _log.error("%s has put an event aside: %s", fold.reader.table, described(error))
+            else:
+                limit = min(2 * limit, INLINE)
+                has_more = outcome.has_more and (
+                    before is None or fold.checkpoint.position < before
+                )
+
+    def _page(self, fold: Fold[Any], pages: Pages, limit: int, until: int | None = None) -> Outcome:
+        """Fold the next page, though others come before. Raises `ViewBusyError`."""
+        for _ in range(ATTEMPTS):
+            outcome = pages.fold([fold], limit, until)
+            if not outcome.is_lost:
+                return outcome
+            # Others open the same view, or build it anew.
+            fold.adopt(pages.views.checkpoints([fold.reader])[0])
+        raise ViewBusyError(fold.reader.table)
 
 
 def _pair(folds: Sequence[Fold[Any]]) -> None:

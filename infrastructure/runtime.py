@@ -265,7 +265,8 @@ class Runtime:
         """Open the store and follow its log, until `close`; `async with` does both.
 
         What it opened is closed again if it fails or is cancelled. Raises
-        `StoreUnavailableError`, `SchemaMissingError`, `SchemaVersionError`, `ViewChangedError`.
+        `StoreUnavailableError`, `SchemaMissingError`, `SchemaVersionError`, `ViewChangedError`;
+        `NotUnique` and `ProjectionFailedError` for a new inline view that the log contradicts.
         """
         if self._platform is not None:
             raise InvalidModelError("this runtime is open already")

@@ -200,7 +200,9 @@ def in_views() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        error.add_note(OF_VIEWS)
+        for raised in (error, error.__cause__):
+            if raised is not None:
+                raised.add_note(OF_VIEWS)
         raise
 
 
@@ -211,6 +213,16 @@ def is_of_views(error: Exception) -> bool:
         return False
     is_wrong = isinstance(error, (DataError, IntegrityError, ProgrammingError))
     return is_wrong or not isinstance(error, PersistenceError)
+
+
+def end_before(groups: Sequence[Group], verdicts: Sequence[Verdict]) -> int | None:
+    """Return the log's end before the events of a transaction; None if it has written none."""
+    end = written = 0
+    for group, verdict in zip(groups, verdicts, strict=True):
+        if isinstance(verdict, Committed):
+            written += sum(len(save.events) for save in group.saves)
+            end = max(end, *verdict.positions)
+    return end - written if written else None
 
 
 def failing(error: Exception, run: Run) -> list[Verdict]:

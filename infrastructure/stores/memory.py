@@ -30,6 +30,7 @@ from leftfold.application.ports import (
     Seek,
     Stale,
     StoredSnapshot,
+    UnderWay,
     Verdict,
 )
 from leftfold.domain import ALWAYS, LeftfoldError, Specification
@@ -49,7 +50,7 @@ class MemoryLog(POPOProcessRecorder):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inline: Callable[[], None] = _nothing
+        self.inline: Callable[[int], None] = _nothing
         self._commands: dict[UUID, RecordedCommand] = {}
         self._recorded: dict[UUID, float] = {}  # oldest first
         self._kept: dict[UUID, StoredSnapshot] = {}
@@ -66,7 +67,7 @@ class MemoryLog(POPOProcessRecorder):
         verdict = self._append(group)
         if isinstance(verdict, Committed):
             try:
-                self.inline()
+                self.inline(begun)
             except LeftfoldError as error:
                 self._take_back(group, begun)
                 return refused(error)
@@ -453,7 +454,7 @@ def _id(reader: Reader) -> tuple[str, int]:
     return reader.name, reader.version
 
 
-def _nothing() -> None:
+def _nothing(_before: int) -> None:
     """There are no inline views."""
 
 
@@ -486,9 +487,10 @@ class MemoryStore:
                     )
         if inline is not None:
 
-            def fold() -> None:
-                with self.views.all_or_nothing():
-                    inline(self.log, self.views)
+            def fold(before: int) -> None:
+                attempt = self.views.all_or_nothing
+                with attempt():
+                    inline(UnderWay(self.log, self.views, before, attempt))
 
             self.log.inline = fold
 

@@ -31,6 +31,7 @@ from leftfold.application.ports import (
     LoggedEvent,
     RecordedCommand,
     StoredSnapshot,
+    UnderWay,
     Verdict,
 )
 from leftfold.domain import LeftfoldError
@@ -50,6 +51,7 @@ from leftfold.infrastructure.stores.common import (
     Run,
     commit_in_runs,
     encoded,
+    end_before,
     failing,
     in_views,
     is_of_views,
@@ -171,9 +173,10 @@ class PostgresLog(PostgresEvents, Notifying, PostgresProcessRecorder):
             cursor.execute(CALL_COMMIT.encode(), given, prepare=True)
             verdicts = judged(run, *(cursor.fetchone() or ((), ())))
         if self.inline is not None and any(isinstance(v, Committed) for v in verdicts):
-            joined = Joined(connection)
+            joined, before = Joined(connection), end_before(run.groups, verdicts)
+            events, views = PostgresEvents(joined), self.views.within(joined)
             with in_views():
-                self.inline(PostgresEvents(joined), self.views.within(joined))
+                self.inline(UnderWay(events, views, before, joined.attempt))
         return verdicts
 
     def streams(

@@ -35,6 +35,7 @@ from leftfold.application.ports import (
     Save,
     Stale,
     StoredSnapshot,
+    UnderWay,
     Verdict,
 )
 from leftfold.domain import LeftfoldError
@@ -54,6 +55,7 @@ from leftfold.infrastructure.stores.common import (
     commit_in_runs,
     dump_aggregates,
     encoded,
+    end_before,
     failing,
     in_views,
     is_of_views,
@@ -221,14 +223,16 @@ class SQLiteLog(SQLiteEvents, Notifying, SQLiteProcessRecorder):
         verdicts = _judge(connection, run)
         good = [g for g, verdict in zip(run.groups, verdicts, strict=True) if not verdict]
         positions = iter(_insert_saves(connection, [s for g in good for s in g.saves]))
-        if self.inline is not None and good:
-            joined = Joined(connection)
-            with in_views():
-                self.inline(SQLiteEvents(joined), self.views.within(joined))
-        return [
+        written = [
             verdict or Committed(tuple(islice(positions, len(group.saves))))
             for group, verdict in zip(run.groups, verdicts, strict=True)
         ]
+        if self.inline is not None and good:
+            joined, before = Joined(connection), end_before(run.groups, written)
+            events, views = SQLiteEvents(joined), self.views.within(joined)
+            with in_views():
+                self.inline(UnderWay(events, views, before, joined.attempt))
+        return written
 
     def streams(
         self, aggregate_ids: Sequence[UUID], after: Mapping[UUID, int] = NOTHING

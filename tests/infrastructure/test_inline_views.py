@@ -10,6 +10,7 @@ from string import ascii_letters
 
 import pytest
 from databases import execute
+from waiting import until
 
 from leftfold.application import (
     EventStoreUnavailable,
@@ -21,7 +22,7 @@ from leftfold.application import (
 from leftfold.application.items import RenameItem, item_model, item_stock
 from leftfold.domain import Err
 from leftfold.domain.items import ItemRegistered, ItemRenamed, StockSold
-from leftfold.infrastructure import Runtime, Settings
+from leftfold.infrastructure import Retried, Runtime, Settings, ViewInUseError, follower
 from leftfold.infrastructure.items import open_items
 
 pytestmark = pytest.mark.anyio
@@ -125,10 +126,15 @@ async def test_of_many_at_once_one_that_fails_its_own_statements_fails_alone(sha
         assert shown(shop, view) == ["a", "b", "c", "w"]
 
 
-async def test_a_statement_of_its_own_that_is_wrong_is_no_outage(shared_url, register, caplog):
+@pytest.mark.parametrize("is_others", [False, True])
+async def test_a_statement_of_its_own_that_is_wrong_is_no_outage(
+    shared_url, register, caplog, is_others
+):
     view = names()
     view.executing(lambda execute, events: execute("INSERT INTO nowhere VALUES (1)"))
-    async with opened(shared_url, view) as shop:
+    async with opened(shared_url, view) as shop, open_items(shared_url) as other:
+        if is_others:
+            (await other.commands.dispatch(named(register, "C", "C"))).unwrap()
         for sku in ("A", "B"):
             answer = await shop.commands.dispatch(named(register, sku, sku))
             assert answer == Err(Unstorable("ProgrammingError"))
@@ -194,6 +200,124 @@ async def test_what_a_program_without_the_view_writes_is_made_good(shared_url, r
         assert answer == Err(NotUnique("names", ("name",)))
         (await shop.commands.dispatch(named(register, "B", "Jug"))).unwrap()
         assert shown(shop, view) == ["Cup", "Jug"]
+
+
+async def test_what_a_program_without_the_view_writes_is_put_aside_if_it_cannot_be_taken_in(
+    shared_url, register, sell
+):
+    view = names()
+    async with opened(shared_url, view) as shop, open_items(shared_url) as other:
+        (await shop.commands.dispatch(named(register, "A", "Cup"))).unwrap()
+        for command in (
+            *(named(register, "B", "Jug"), named(register, "C", "Cup"), sell("B", 13)),
+            *(named(register, "D", "Pot"), sell("C", 1), sell("D", 2)),
+        ):
+            (await other.commands.dispatch(command)).unwrap()
+        answer = await shop.commands.dispatch(named(register, "E", "Pot"))
+        assert answer == Err(NotUnique("names", ("name",)))
+        (await shop.commands.dispatch(named(register, "E", "Urn"))).unwrap()
+        assert shown(shop, view) == ["Cup", "Jug", "Pot", "Urn"]
+        letters = await shop.dead_letters("names")
+        assert [(letter.position, letter.error.partition(":")[0]) for letter in letters] == [
+            *((3, "NotUnique"), (4, letters[1].error), (6, "")),
+        ]
+        assert "ZeroDivisionError in sold" in letters[1].error
+        # What follows waits behind it, also if it is written here.
+        (await shop.commands.dispatch(sell("C", 1))).unwrap()
+        assert len(await shop.dead_letters("names")) == 4
+
+        (await shop.commands.dispatch(RenameItem(sku="A", name="Mug"))).unwrap()
+        assert await shop.retry("names") == Retried(released=3, kept=1)
+        assert shown(shop, view) == ["Cup", "Jug", "Mug", "Pot", "Urn"]
+        answer = await shop.commands.dispatch(named(register, "F", "Cup"))
+        assert answer == Err(NotUnique("names", ("name",)))
+
+
+async def test_health_tells_of_what_an_inline_view_has_put_aside(shared_url, register):
+    async with opened(shared_url, names()) as shop, open_items(shared_url) as other:
+        for sku in ("A", "B"):
+            (await other.commands.dispatch(named(register, sku, "Cup"))).unwrap()
+        (await shop.commands.dispatch(named(register, "C", "Jug"))).unwrap()
+
+        def put_aside():
+            (told,) = (p for p in shop.health().projections if p.name == "names")
+            return told.dead_letters
+
+        await until(lambda: put_aside() == 1)
+
+
+async def test_a_view_that_is_to_halt_refuses_what_comes_after_what_it_cannot_take_in(
+    shared_url, register
+):
+    view = names(on_poison="halt")
+    async with opened(shared_url, view) as shop, open_items(shared_url) as other:
+        for sku in ("A", "B"):
+            (await other.commands.dispatch(named(register, sku, "Cup"))).unwrap()
+        for _ in range(2):
+            answer = await shop.commands.dispatch(named(register, "C", "Jug"))
+            assert answer == Err(NotUnique("names", ("name",)))
+        assert shop._store.log.head() == 2
+
+
+async def test_a_view_that_the_log_contradicts_is_not_opened(shared_url, register):
+    async with open_items(shared_url) as shop:
+        for sku in ("A", "B"):
+            (await shop.commands.dispatch(named(register, sku, "Cup"))).unwrap()
+    with pytest.raises(NotUnique, match="name"):
+        await opened(shared_url, names()).open()
+
+
+async def test_what_cannot_be_taken_in_when_a_view_is_opened_again_is_put_aside(
+    shared_url, register
+):
+    view = names()
+    async with opened(shared_url, view) as shop:
+        (await shop.commands.dispatch(named(register, "A", "Cup"))).unwrap()
+    async with open_items(shared_url) as other:
+        for sku in ("B", "C"):
+            (await other.commands.dispatch(named(register, sku, "Cup"))).unwrap()
+    async with opened(shared_url, view) as shop:
+        assert shown(shop, view) == ["Cup"]
+        assert [letter.position for letter in await shop.dead_letters("names")] == [2, 3]
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_whoever_writes_it_holds_all_but_what_was_put_aside(shared_url, register, seed):
+    view, chance = names(), random.Random(seed)
+    async with opened(shared_url, view) as shop, open_items(shared_url) as other:
+        written = {shop: [], other: []}
+        for n in range(60):
+            by = shop if chance.random() < 0.3 else other
+            command = named(register, f"S{n}", f"N{chance.randrange(40)}")
+            answer = await by.commands.dispatch(command)
+            if answer.is_ok():
+                written[by].append(command.name)
+        (await shop.commands.dispatch(named(register, "last", "last"))).unwrap()
+        assert shown(shop, view) == sorted({*written[shop], *written[other], "last"})
+        letters = await shop.dead_letters("names")
+        doubled = len(written[shop]) + len(written[other]) + 1 - len(shown(shop, view))
+        assert len(letters) == doubled > 0
+        assert len(set(written[shop])) == len(written[shop])
+
+
+@pytest.mark.timed
+async def test_an_old_version_is_dropped_when_nobody_writes_it_any_more(
+    shared_url, register, monkeypatch
+):
+    monkeypatch.setattr(follower, "LEASE", 1.5)
+    newer = names()
+    newer.version = 2
+    async with opened(shared_url, newer) as new:
+        async with opened(shared_url, names()) as old, opened(shared_url, names()):
+            (await old.commands.dispatch(named(register, "A", "Cup"))).unwrap()
+            for _ in range(2):
+                with pytest.raises(ViewInUseError, match="names_v1"):
+                    await new.drop_version("names", 1)
+                await asyncio.sleep(2)  # though nothing happens
+        await asyncio.sleep(2)
+        await new.drop_version("names", 1)
+        (await new.commands.dispatch(named(register, "B", "Jug"))).unwrap()
+        assert shown(new, newer) == ["Cup", "Jug"]
 
 
 def test_only_an_inline_view_has_unique_columns():

@@ -1096,7 +1096,7 @@ def test_who_is_told_of_events_sees_none_beyond_how_far_it_is_said_to_be(opened,
 
 def test_an_inline_view_that_fails_in_the_first_of_many_events_says_so(opened, monkeypatch):
     monkeypatch.setattr(pages_module, "INLINE", 2)
-    view = tallying(fault=Fault(7), inline=True)
+    view = tallying(fault=Fault(7), inline=True, on_poison="halt")
     shop = opened(view)
     shop.write(shop.received(A, 7), *(shop.received() for _ in range(5)))
     with pytest.raises(ProjectionFailedError, match="ZeroDivisionError"):
