@@ -219,8 +219,9 @@ def invalidating(
     waits for a cache that is away. What changes rows without an event, a `retry` or a `rebuild`,
     clears the whole cache within about a second, and so does another owner of the view or of this:
     it may be after one. A cache in this process is one of many: each process sees to its own. One
-    that processes share, also as the second tier of a `TieredCache`, is seen to once, with
-    `everywhere=False`.
+    that processes share is seen to once, with `everywhere=False`. A `TieredCache` is both: it has
+    one subscriber, and the Redis behind it another, with `everywhere=False`, which waits while
+    that is away, also over the end of a process.
     """
     subscriber = Subscriber(name, needs=(projection,), everywhere=everywhere)
 

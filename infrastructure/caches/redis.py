@@ -8,6 +8,7 @@ import math
 import uuid
 from asyncio import Semaphore
 from collections.abc import Awaitable, Callable
+from copy import copy
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -197,6 +198,12 @@ class RedisTier(Generic[T]):
         self._put = self.client.register_script(PUT)
         self._remove_scanned = self.client.register_script(REMOVE_SCANNED)
         self._remove_tagged = self.client.register_script(REMOVE_TAGGED)
+
+    def apart(self) -> RedisTier[T]:
+        """Return the same, whose changes this one hears of as another's."""
+        other = copy(self)
+        other.origin = uuid.uuid4().hex
+        return other
 
     async def fetch(self, key: str) -> Kept[T] | None:
         """Return what is kept, also if it has expired."""

@@ -41,7 +41,8 @@ class TieredCache(LoadingCache[T]):
     While Redis is away it goes on with memory alone, and no method raises for that. What is
     changed meanwhile is removed from Redis as soon as it is back, before it is read again, and
     memory is dropped, so that nothing stale outlives the outage. Other processes do not learn of
-    changes made during it before then; and a process that ends during it forgets them.
+    changes made during it before then; and a process that ends during it forgets them, for which
+    `invalidating` has a remedy.
 
     It belongs to the event loop, and to the process, that it was opened on.
     """
@@ -52,7 +53,7 @@ class TieredCache(LoadingCache[T]):
         self._own = memory._own
         self._memory = memory.tier
         self._redis = redis
-        self._tier = redis.tier
+        self._tier = redis.tier.apart()
         self._look = self._memory.look  # type: ignore[method-assign]  # a call less on each hit
         self._journal: dict[Change, None] = {}
         self._travels: set[_Travel] = set()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from time import sleep
 from uuid import uuid4
 
 import pytest
+from proxy import Proxy
 from waiting import until
 
 from leftfold.application import Projection, cached, invalidating
@@ -19,6 +21,7 @@ from leftfold.infrastructure import (
     RedisCache,
     Runtime,
     Settings,
+    TieredCache,
     follower,
 )
 from leftfold.infrastructure.items import open_items
@@ -31,10 +34,8 @@ class Named:
     name: str
 
 
-def rows_of(cache, **options):
-    return invalidating(
-        "rows_of_items", item_stock, cache, tags=lambda key: [f"item:{key}"], **options
-    )
+def rows_of(cache, name="rows_of_items", **options):
+    return invalidating(name, item_stock, cache, tags=lambda key: [f"item:{key}"], **options)
 
 
 def by_item(query):
@@ -103,6 +104,40 @@ async def test_a_cache_that_processes_share_is_seen_to_after_a_crash(
             assert (await shop.queries.dispatch(GetItem(sku="A"))).unwrap().on_hand == 8
     finally:
         await cache.close()
+
+
+async def test_two_tiers_are_each_seen_to_though_a_process_ends_while_redis_is_away(
+    shared_url, valkey, register, sell
+):
+    proxy, prefix = Proxy(valkey.address), uuid4().hex
+    url = valkey.url.replace(str(valkey.port), str(proxy.port))
+
+    @asynccontextmanager
+    async def shop():
+        redis = RedisCache(ItemRow, url, prefix=prefix)
+        async with TieredCache(InMemoryCache(ItemRow), redis) as rows:
+            both = rows_of(rows), rows_of(redis, name="shared_rows", everywhere=False)
+            model = replace(item_model, subscribers=both)
+            around = [cached(GetItem, rows, 60, key=lambda q: q.sku, tags=by_item)]
+            async with Runtime(model, shared_url, middleware=around) as runtime:
+                yield runtime
+
+    async def says(runtime, on_hand):
+        return (await runtime.queries.dispatch(GetItem(sku="A"))).unwrap().on_hand == on_hand
+
+    async with open_items(shared_url):  # it holds the view all the while, and knows no cache
+        async with shop() as runtime:
+            written = (await runtime.commands.dispatch(register("A", 9))).unwrap()
+            await asyncio.sleep(1.2)  # a look
+            assert (await runtime.queries.dispatch(GetItem(sku="A"), after=written)).is_ok()
+            proxy.refuses = True
+            proxy.cut()
+            await runtime.commands.dispatch(sell("A"))
+            await until(lambda: says(runtime, 8))
+        proxy.refuses = False
+        async with shop() as runtime:
+            await until(lambda: says(runtime, 8))
+    proxy.close()
 
 
 async def test_what_a_view_has_not_seen_when_the_process_begins_is_told_too(

@@ -87,6 +87,16 @@ async def test_what_one_process_changes_leaves_the_memory_of_another_within_50_m
         assert median(took) < 0.05, took
 
 
+@pytest.mark.parametrize("way", WAYS)
+async def test_what_is_changed_in_its_redis_directly_leaves_memory_too(own_valkey, way):
+    redis = RedisCache(int, own_valkey.url, prefix="t")
+    async with TieredCache(InMemoryCache(int), redis) as cache:
+        await cache.set("a", 1, tags=["t"])
+        await WAYS[way](redis)
+        await until(lambda: cache._look("a") is None)
+        assert await cache.get("a") == (2 if way == "set" else None)
+
+
 async def test_waiting_for_a_connection_takes_no_time_of_a_command(proxy, monkeypatch):
     monkeypatch.setattr(redis_tier, "TIMEOUT", 1.5)
     cache = RedisCache(int, proxy.url, prefix="t")
