@@ -225,6 +225,7 @@ def start_import(path, url):
     )
 
 
+@pytest.mark.long
 def test_an_import_that_is_killed_again_and_again_ends_the_same(tmp_path):
     shop = tmp_path / "shop.csv"
     write_shop(shop, seed=3, days=400)

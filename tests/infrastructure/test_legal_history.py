@@ -290,6 +290,7 @@ def carry_out(start, record_property):
 # The law --------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", SEEDS)
 def test_what_killed_processes_and_lost_answers_leave_behind_is_a_legal_history(
     shared_url, carry_out, seed
@@ -315,6 +316,7 @@ def proxy_type():
     return Network
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", SEEDS)
 def test_what_cut_connections_leave_behind_is_a_legal_history(postgres_url, proxy, carry_out, seed):
     random = Random(seed)
@@ -339,6 +341,7 @@ def test_what_cut_connections_leave_behind_is_a_legal_history(postgres_url, prox
     carry_out(postgres_url, random, jobs_of, through=proxy.url, harm=harm, kills=2)
 
 
+@pytest.mark.long
 def test_a_command_is_carried_out_once_wherever_on_its_way_it_is_lost(shared_url, carry_out):
     random, kinds = Random(0), (*DEATHS, *LOSSES)
     schedule = [kind for each in kinds for kind in (each, "nothing", each, "nothing")]

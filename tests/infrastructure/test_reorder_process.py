@@ -347,6 +347,7 @@ WRITES = """
 """
 
 
+@pytest.mark.long
 def test_processes_that_are_killed_again_and_again_react_exactly_once(shared_url, start, register):
     async def begin():
         async with opened(shared_url, follow=False) as shop:

@@ -690,6 +690,7 @@ TELLS = """
 """
 
 
+@pytest.mark.long
 def test_a_process_that_is_killed_tells_some_again_and_loses_none(
     shared_url, start, register, sell
 ):
