@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Flag, auto
@@ -380,19 +379,16 @@ class ViewStore(Protocol):
         ...
 
 
-class UnderWay(NamedTuple):
-    """A transaction that has written events, and is yet to be committed."""
+class Inline(Protocol):
+    """Views that are written with the events."""
 
-    events: Events
-    views: ViewStore
-    before: int | None
-    """The log's end before its own events; None if it has none."""
-    attempt: Callable[[], AbstractContextManager[object]]
-    """Undoes what is written within if that raises, and raises it as the library's error."""
+    def __call__(self, events: Events, views: ViewStore, /) -> None:
+        """Fold what is new, in the transaction that both are of. Raises what refuses it."""
+        ...
 
-
-Inline: TypeAlias = Callable[[UnderWay], None]
-"""Folds what is new in the log, in the transaction under way."""
+    def make_good(self) -> bool:
+        """Fold what others have written, in transactions of its own; tell whether there was any."""
+        ...
 
 
 class Heard(Flag):

@@ -43,8 +43,9 @@ LEASE = 3.0
 """Seconds that a reader is held; renewed at looks, of which there is one each `IDLE` at least."""
 RENEWED = 0.5
 """Seconds for which that is not repeated: to renew is to write, and looks may be many."""
-EVERYBODY = "everybody"
-"""Owns inline views: all who write hold them together, so that it shows that they are in use."""
+EVERYBODY, IN_USE, SHOWN = "everybody", 60.0, 20.0
+"""Who owns inline views: all that write them, together, so that it shows that they are in use. For
+so many seconds, and how often that is repeated."""
 SOON = 0.02
 """Seconds between looks at what another process folds while somebody waits for it."""
 SELDOM = 0.1
@@ -256,6 +257,7 @@ class Follower:
         self._paged = paged
         self._owner = platform.new_id().hex
         self._renewed = self._looked_at = platform.monotonic() - LEASE
+        self._shown_at = platform.monotonic() - IN_USE
         self._hint = asyncio.Event()
         self._look_hint = asyncio.Event()
         self._retrying = asyncio.Lock()  # one at a time: others need the threads
@@ -357,7 +359,9 @@ class Follower:
         last = {pair for receipt in receipts for pair in receipt.aggregates}
         positions = {receipt.position for receipt in receipts}
         for reader in readers:
-            if not reader.checkpoint.dead_letters or not isinstance(reader.work, Fold):
+            # What is known of an inline view here is as old as the last look.
+            may_have = reader.checkpoint.dead_letters or reader.is_inline
+            if not may_have or not isinstance(reader.work, Fold):
                 continue
             at: int | None = await ask(self._views.parked, reader.reader, positions, last)
             if at is not None:
@@ -414,23 +418,41 @@ class Follower:
 
     def _ask(self, *, holds: bool = False) -> tuple[int, list[Checkpoint]]:
         followed = [reader for reader in self.readers.values() if not reader.is_local]
-        stored = self._views.checkpoints([reader.reader for reader in followed])
-        found = dict(zip(followed, stored, strict=True))
+        readers = [reader.reader for reader in followed]
+        self._show_use()
+        found = self._views.checkpoints(readers)
         head = self._log.head()
-        now = self._platform.monotonic()
-        is_due = now - self._renewed > RENEWED
-        wanted: dict[str, list[Followed]] = {self._owner: [], EVERYBODY: []}
-        for reader, at in found.items():
-            owner = EVERYBODY if reader.is_inline else self._owner
-            is_to_hold = reader.is_inline or (holds and reader.failure is None)
-            if is_to_hold and (not at.is_held or (is_due and at.owner == owner)):
-                wanted[owner].append(reader)
-        for owner, readers in wanted.items():
-            if readers:
-                held = self._views.hold([reader.reader for reader in readers], owner, LEASE)
-                found.update(zip(readers, held, strict=True))
+        if holds:
+            now = self._platform.monotonic()
+            is_due = now - self._renewed > RENEWED
+            wanted = [
+                reader.reader
+                for reader, at in zip(followed, found, strict=True)
+                if reader.failure is None
+                and not reader.is_inline
+                and (not at.is_held or (is_due and at.owner == self._owner))
+            ]
+            if wanted:
+                held = self._views.hold(wanted, self._owner, LEASE)
                 self._renewed = now if is_due else self._renewed
-        return head, list(found.values())
+                by_name = {(r.name, r.version): at for r, at in zip(wanted, held, strict=True)}
+                found = [
+                    by_name.get((r.name, r.version), at)
+                    for r, at in zip(readers, found, strict=True)
+                ]
+        return head, found
+
+    def _show_use(self) -> None:
+        """Show that inline views are in use; who may only read does not keep others from it."""
+        inline = [reader.reader for reader in self.readers.values() if reader.is_inline]
+        now = self._platform.monotonic()
+        if not inline or now - self._shown_at < SHOWN:
+            return
+        self._shown_at = now
+        try:
+            self._views.hold(inline, EVERYBODY, IN_USE)
+        except PersistenceError as error:
+            _log.warning("it does not show that inline views are in use: %s", described(error))
 
     def _found(
         self, head: int, found: Sequence[Checkpoint], known: dict[str, Checkpoint] | None = None

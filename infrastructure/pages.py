@@ -6,7 +6,6 @@ import logging
 import traceback
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from copy import copy
 from dataclasses import replace
 from itertools import groupby, islice
@@ -28,7 +27,6 @@ from leftfold.application.ports import (
     LoggedEvent,
     Platform,
     Save,
-    UnderWay,
     ViewStore,
 )
 from leftfold.application.process import Process, Reactions
@@ -624,8 +622,9 @@ class InlineViews:
     """Views that are written in the transaction of the events.
 
     Whatever is in the log after their checkpoints is folded there: the events of the transaction,
-    which are refused if that fails, and those that a program without these views has written
-    before. Of these it is too late to refuse any: they are put aside, as by any other view.
+    and those that a program without these views has written before. It is too late to refuse
+    such events: if that fails they are made good, in transactions of their own, and those that a
+    view does not take are put aside, as by any other view.
     """
 
     def __init__(self, projections: Sequence[Projection[Any]]) -> None:
@@ -633,61 +632,82 @@ class InlineViews:
         self._pages: Pages | None = None
 
     def use(self, pages: Pages) -> None:
-        """Fold by these pages, and all that the log holds now."""
+        """Fold by these pages, and all that the log holds now. Raises what a view does not take."""
         self._pages = pages
-        self(UnderWay(pages.log, pages.views, None, nullcontext))
+        for projection in self.projections:
+            self._make_good(projection, pages)
 
-    def __call__(self, under_way: UnderWay) -> None:
+    def __call__(self, events: Events, views: ViewStore, /) -> None:
         """Fold what is new. Raises what refuses it."""
         if self._pages is None:
             return  # the store is being opened
-        pages = self._pages.within(under_way.events, under_way.views)
+        pages = self._pages.within(events, views)
         for projection in self.projections:
-            fold = Fold(projection)
-            fold.adopt(pages.views.checkpoints([projection])[0])
-            if under_way.before is None or fold.checkpoint.position < under_way.before:
-                self._make_good(fold, pages, under_way)
-            has_more = under_way.before is not None
+            fold = _begun(projection, pages)
+            has_more, attempts = True, 0
             while has_more:
-                outcome = self._page(fold, pages, INLINE)
+                outcome = pages.fold([fold], INLINE)
                 if outcome.failed:
                     raise failure_of(projection.table, outcome.failed[fold])
-                has_more = outcome.has_more
+                if outcome.is_lost:  # others open the same view, or build it anew
+                    attempts = self._again(fold, pages, attempts)
+                has_more = outcome.has_more or outcome.is_lost
 
-    def _make_good(self, fold: Fold[Any], pages: Pages, under_way: UnderWay) -> None:
-        """Fold what is not of this transaction, and put aside what cannot be folded."""
-        before, limit, has_more = under_way.before, INLINE, True
+    def make_good(self) -> bool:
+        """Fold what others have written; tell whether there was any.
+
+        Raises what the store does while it is away. What else stops it is logged.
+        """
+        if self._pages is None:
+            return False
+        try:
+            made = [self._make_good(each, self._pages) for each in self.projections]
+        except Exception as error:
+            if isinstance(error, PersistenceError) and may_pass(error):
+                raise
+            _log.error("what others have written is not made good: %s", described(error))
+            return False
+        return any(made)
+
+    def _make_good(self, projection: Projection[Any], pages: Pages) -> bool:
+        fold = _begun(projection, pages)
+        begun, limit, attempts, has_more = fold.checkpoint.position, INLINE, 0, True
         while has_more:
+            is_lost = False
             try:
-                with under_way.attempt():
-                    outcome = self._page(fold, pages, limit, before)
-                    if outcome.failed:
-                        raise outcome.failed[fold]  # noqa: TRY301 - as the store does
+                outcome = pages.fold([fold], limit)
+                if outcome.failed:
+                    raise outcome.failed[fold]  # noqa: TRY301 - as the store does
             except Exception as error:
                 if may_pass(error) or not is_poison(error):
                     raise
                 if fold.policy == "halt":
-                    raise failure_of(fold.reader.table, error) from None
+                    raise failure_of(projection.table, error) from None
                 if limit > 1:
                     limit //= 2  # so it is found
-                    continue
-                pages.park(fold, described(error))
-                _log.error("%s has put an event aside: %s", fold.reader.table, described(error))
+                elif pages.park(fold, described(error)):
+                    _log.error("%s has put an event aside: %s", projection.table, described(error))
+                else:  # others were quicker
+                    is_lost = True
             else:
-                limit = min(2 * limit, INLINE)
-                has_more = outcome.has_more and (
-                    before is None or fold.checkpoint.position < before
-                )
+                limit, is_lost = min(2 * limit, INLINE), outcome.is_lost
+                has_more = outcome.has_more or is_lost
+            attempts = self._again(fold, pages, attempts) if is_lost else 0
+        return fold.checkpoint.position > begun
 
-    def _page(self, fold: Fold[Any], pages: Pages, limit: int, until: int | None = None) -> Outcome:
-        """Fold the next page, though others come before. Raises `ViewBusyError`."""
-        for _ in range(ATTEMPTS):
-            outcome = pages.fold([fold], limit, until)
-            if not outcome.is_lost:
-                return outcome
-            # Others open the same view, or build it anew.
-            fold.adopt(pages.views.checkpoints([fold.reader])[0])
-        raise ViewBusyError(fold.reader.table)
+    def _again(self, fold: Fold[Any], pages: Pages, attempts: int) -> int:
+        """Begin a page again that others have come before; return how often that was."""
+        if attempts == ATTEMPTS:
+            raise ViewBusyError(fold.reader.table)
+        fold.adopt(pages.views.checkpoints([fold.reader])[0])
+        return attempts + 1
+
+
+def _begun(projection: Projection[R], pages: Pages) -> Fold[R]:
+    """Return a view where it is."""
+    fold = Fold(projection)
+    fold.adopt(pages.views.checkpoints([projection])[0])
+    return fold
 
 
 def _pair(folds: Sequence[Fold[Any]]) -> None:

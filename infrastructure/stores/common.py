@@ -40,6 +40,8 @@ OF_VIEWS = "in an inline view"
 
 SCHEMA_VERSION = 4
 MAX_VERSION = 2**62
+MADE_GOOD = 3
+"""Times that a run is written again, while others write what inline views do not take."""
 EACH_TOPIC = (
     "WITH RECURSIVE found (topic) AS (SELECT min(topic) FROM stored_events UNION ALL "
     "SELECT (SELECT min(topic) FROM stored_events WHERE topic > found.topic) FROM found "
@@ -67,18 +69,32 @@ def halves(run: Run) -> tuple[Run, Run]:
     )
 
 
-def commit_in_runs(groups: Sequence[Group], write: Callable[[Run], list[Verdict]]) -> list[Verdict]:
-    """Write groups run by run; where something in a run is refused, find it by halves."""
+def commit_in_runs(
+    groups: Sequence[Group], write: Callable[[Run], list[Verdict]], make_good: Callable[[], bool]
+) -> list[Verdict]:
+    """Write groups run by run; where something in a run is refused, find it by halves.
+
+    It is written again first if others had written what is to be made good in inline views.
+    """
     verdicts: list[Verdict] = []
     for run in runs(groups):
-        verdicts += (Stale(),) if run is None else _isolated(run, write)
+        verdicts += (Stale(),) if run is None else _isolated(run, write, make_good)
     return verdicts
 
 
-def _isolated(run: Run, write: Callable[[Run], list[Verdict]]) -> list[Verdict]:
+def _isolated(
+    run: Run, write: Callable[[Run], list[Verdict]], make_good: Callable[[], bool]
+) -> list[Verdict]:
     verdicts = write(run)
+    for _ in range(MADE_GOOD):
+        try:
+            if not is_refused(verdicts) or not make_good():
+                break
+        except PersistenceError as error:  # the run itself was rolled back
+            return [Failed(str(error))] * len(run.groups)
+        verdicts = write(run)
     if len(run.groups) > 1 and is_refused(verdicts):
-        return [v for half in halves(run) for v in _isolated(half, write)]
+        return [v for half in halves(run) for v in _isolated(half, write, make_good)]
     return verdicts
 
 
@@ -200,9 +216,7 @@ def in_views() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        for raised in (error, error.__cause__):
-            if raised is not None:
-                raised.add_note(OF_VIEWS)
+        error.add_note(OF_VIEWS)
         raise
 
 
@@ -213,16 +227,6 @@ def is_of_views(error: Exception) -> bool:
         return False
     is_wrong = isinstance(error, (DataError, IntegrityError, ProgrammingError))
     return is_wrong or not isinstance(error, PersistenceError)
-
-
-def end_before(groups: Sequence[Group], verdicts: Sequence[Verdict]) -> int | None:
-    """Return the log's end before the events of a transaction; None if it has written none."""
-    end = written = 0
-    for group, verdict in zip(groups, verdicts, strict=True):
-        if isinstance(verdict, Committed):
-            written += sum(len(save.events) for save in group.saves)
-            end = max(end, *verdict.positions)
-    return end - written if written else None
 
 
 def failing(error: Exception, run: Run) -> list[Verdict]:

@@ -30,7 +30,6 @@ from leftfold.application.ports import (
     Seek,
     Stale,
     StoredSnapshot,
-    UnderWay,
     Verdict,
 )
 from leftfold.domain import ALWAYS, LeftfoldError, Specification
@@ -50,7 +49,7 @@ class MemoryLog(POPOProcessRecorder):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inline: Callable[[int], None] = _nothing
+        self.inline: Callable[[], None] = _nothing
         self._commands: dict[UUID, RecordedCommand] = {}
         self._recorded: dict[UUID, float] = {}  # oldest first
         self._kept: dict[UUID, StoredSnapshot] = {}
@@ -67,7 +66,7 @@ class MemoryLog(POPOProcessRecorder):
         verdict = self._append(group)
         if isinstance(verdict, Committed):
             try:
-                self.inline(begun)
+                self.inline()
             except LeftfoldError as error:
                 self._take_back(group, begun)
                 return refused(error)
@@ -454,7 +453,7 @@ def _id(reader: Reader) -> tuple[str, int]:
     return reader.name, reader.version
 
 
-def _nothing(_before: int) -> None:
+def _nothing() -> None:
     """There are no inline views."""
 
 
@@ -487,10 +486,9 @@ class MemoryStore:
                     )
         if inline is not None:
 
-            def fold(before: int) -> None:
-                attempt = self.views.all_or_nothing
-                with attempt():
-                    inline(UnderWay(self.log, self.views, before, attempt))
+            def fold() -> None:
+                with self.views.all_or_nothing():
+                    inline(self.log, self.views)
 
             self.log.inline = fold
 

@@ -31,7 +31,6 @@ from leftfold.application.ports import (
     LoggedEvent,
     RecordedCommand,
     StoredSnapshot,
-    UnderWay,
     Verdict,
 )
 from leftfold.domain import LeftfoldError
@@ -51,7 +50,6 @@ from leftfold.infrastructure.stores.common import (
     Run,
     commit_in_runs,
     encoded,
-    end_before,
     failing,
     in_views,
     is_of_views,
@@ -143,7 +141,11 @@ class PostgresLog(PostgresEvents, Notifying, PostgresProcessRecorder):
     # The application's port
 
     def commit(self, groups: Sequence[Group]) -> list[Verdict]:
-        return commit_in_runs(groups, self._commit)
+        return commit_in_runs(groups, self._commit, self.make_good)
+
+    def make_good(self) -> bool:
+        """Let inline views take in what others have written; tell whether there was any."""
+        return self.inline is not None and self.inline.make_good()
 
     def _commit(self, run: Run) -> list[Verdict]:
         is_sent = False
@@ -173,10 +175,9 @@ class PostgresLog(PostgresEvents, Notifying, PostgresProcessRecorder):
             cursor.execute(CALL_COMMIT.encode(), given, prepare=True)
             verdicts = judged(run, *(cursor.fetchone() or ((), ())))
         if self.inline is not None and any(isinstance(v, Committed) for v in verdicts):
-            joined, before = Joined(connection), end_before(run.groups, verdicts)
-            events, views = PostgresEvents(joined), self.views.within(joined)
+            joined = Joined(connection)
             with in_views():
-                self.inline(UnderWay(events, views, before, joined.attempt))
+                self.inline(PostgresEvents(joined), self.views.within(joined))
         return verdicts
 
     def streams(

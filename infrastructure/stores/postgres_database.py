@@ -7,17 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import psycopg
-from eventsourcing.persistence import (
-    DatabaseError,
-    DataError,
-    IntegrityError,
-    InterfaceError,
-    InternalError,
-    NotSupportedError,
-    OperationalError,
-    PersistenceError,
-    ProgrammingError,
-)
+from eventsourcing.persistence import DataError, PersistenceError
 from eventsourcing.postgres import PostgresDatastore
 from psycopg.rows import DictRow, TupleRow, dict_row, tuple_row
 
@@ -29,17 +19,6 @@ Cursor = psycopg.Cursor[TupleRow]
 
 PROGRAM_LIMIT = "54"
 """The class of errors (SQLSTATE) of what is more than the database takes."""
-LIBRARY_ERRORS: tuple[tuple[type[psycopg.Error], type[PersistenceError]], ...] = (
-    (psycopg.InterfaceError, InterfaceError),
-    (psycopg.OperationalError, OperationalError),
-    (psycopg.DataError, DataError),
-    (psycopg.IntegrityError, IntegrityError),
-    (psycopg.InternalError, InternalError),
-    (psycopg.ProgrammingError, ProgrammingError),
-    (psycopg.NotSupportedError, NotSupportedError),
-    (psycopg.DatabaseError, DatabaseError),
-)
-"""The library's error by the driver's."""
 CONNECT_TIMEOUT = 1.0
 """Seconds to wait for a connection; one that takes longer is there for the next attempt."""
 WHOLE_VIEW = 3_600.0
@@ -86,7 +65,10 @@ class PostgresDatabase(PostgresDatastore):
         except PersistenceError as error:
             cause = error.__cause__
             if isinstance(cause, psycopg.Error):
-                raise _as_librarys(cause) from cause
+                # A value that is too large for an index is no trouble of the store's.
+                is_too_large = (cause.sqlstate or "").startswith(PROGRAM_LIMIT)
+                kind = DataError if is_too_large else type(error)
+                raise kind(without_values(cause)) from cause
             raise
 
     @contextlib.contextmanager
@@ -134,14 +116,6 @@ class PostgresDatabase(PostgresDatastore):
             yield cursor
 
 
-def _as_librarys(error: psycopg.Error) -> PersistenceError:
-    # A value that is too large for an index is no trouble of the store's.
-    is_too_large = (error.sqlstate or "").startswith(PROGRAM_LIMIT)
-    of_library = (theirs for ours, theirs in LIBRARY_ERRORS if isinstance(error, ours))
-    kind = DataError if is_too_large else next(of_library, PersistenceError)
-    return kind(without_values(error))
-
-
 def session(lock_timeout: int) -> bytes:
     """What every connection begins with.
 
@@ -166,12 +140,3 @@ class Joined:
             yield cursor
 
     writing = reading
-
-    @contextlib.contextmanager
-    def attempt(self) -> Iterator[None]:
-        """Undo what the block writes if it raises; the transaction goes on."""
-        try:
-            with self._connection.transaction():
-                yield
-        except psycopg.Error as error:
-            raise _as_librarys(error) from error

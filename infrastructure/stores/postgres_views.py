@@ -11,6 +11,7 @@ import psycopg
 
 from leftfold.application import Projection
 from leftfold.application.checkpoints import Change, Checkpoint, Reader
+from leftfold.application.errors import NotUnique
 from leftfold.application.ports import Verdict
 from leftfold.application.projection import Execute
 from leftfold.infrastructure.stores.common import ABSENT, Run
@@ -207,7 +208,7 @@ class PostgresViews(TableViews[PostgresDatabase | Joined, Cursor]):
             if others:
                 cursor.execute(table.upsert_json.encode(), (others,), prepare=True)
         except psycopg.errors.UniqueViolation as error:
-            refusal = not_unique(table.projection, error.diag.constraint_name or "")
+            refusal = self._refusal(table.projection, error)
             if refusal is not None:
                 raise refusal from None
             if not copied:
@@ -222,6 +223,11 @@ class PostgresViews(TableViews[PostgresDatabase | Joined, Cursor]):
             )
             self._may_copy = False
             raise NotFresh from None
+
+    def _refusal(self, projection: Projection[Any], error: Exception) -> NotUnique | None:
+        if not isinstance(error, psycopg.errors.UniqueViolation):
+            return None
+        return not_unique(projection, error.diag.constraint_name or "")
 
     def _delete(self, cursor: Cursor, table: ViewTable[Any], keys: Sequence[str]) -> None:
         cursor.execute(f"{table.delete_by_key} = ANY(%s)".encode(), (list(keys),))

@@ -35,7 +35,6 @@ from leftfold.application.ports import (
     Save,
     Stale,
     StoredSnapshot,
-    UnderWay,
     Verdict,
 )
 from leftfold.domain import LeftfoldError
@@ -55,7 +54,6 @@ from leftfold.infrastructure.stores.common import (
     commit_in_runs,
     dump_aggregates,
     encoded,
-    end_before,
     failing,
     in_views,
     is_of_views,
@@ -199,7 +197,11 @@ class SQLiteLog(SQLiteEvents, Notifying, SQLiteProcessRecorder):
     # The application's port
 
     def commit(self, groups: Sequence[Group]) -> list[Verdict]:
-        return commit_in_runs(groups, self._commit)
+        return commit_in_runs(groups, self._commit, self.make_good)
+
+    def make_good(self) -> bool:
+        """Let inline views take in what others have written; tell whether there was any."""
+        return self.inline is not None and self.inline.make_good()
 
     def _commit(self, run: Run) -> list[Verdict]:
         """Write the groups of a run that are neither stale nor repeated, in one transaction."""
@@ -223,16 +225,14 @@ class SQLiteLog(SQLiteEvents, Notifying, SQLiteProcessRecorder):
         verdicts = _judge(connection, run)
         good = [g for g, verdict in zip(run.groups, verdicts, strict=True) if not verdict]
         positions = iter(_insert_saves(connection, [s for g in good for s in g.saves]))
-        written = [
+        if self.inline is not None and good:
+            joined = Joined(connection)
+            with in_views():
+                self.inline(SQLiteEvents(joined), self.views.within(joined))
+        return [
             verdict or Committed(tuple(islice(positions, len(group.saves))))
             for group, verdict in zip(run.groups, verdicts, strict=True)
         ]
-        if self.inline is not None and good:
-            joined, before = Joined(connection), end_before(run.groups, written)
-            events, views = SQLiteEvents(joined), self.views.within(joined)
-            with in_views():
-                self.inline(UnderWay(events, views, before, joined.attempt))
-        return written
 
     def streams(
         self, aggregate_ids: Sequence[UUID], after: Mapping[UUID, int] = NOTHING

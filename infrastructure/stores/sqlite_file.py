@@ -200,21 +200,6 @@ class Joined:
     def writing(self, rows: int = 0, *, durable: bool = True) -> Iterator[sqlite3.Connection]:  # noqa: ARG002 - the transaction is as it is
         yield self._connection
 
-    @contextlib.contextmanager
-    def attempt(self) -> Iterator[None]:
-        """Undo what the block writes if it raises; the transaction goes on."""
-        connection = self._connection
-        with library_errors():
-            connection.execute("SAVEPOINT attempt")
-            try:
-                yield
-            except BaseException:
-                if connection.in_transaction:  # there are errors that end it
-                    connection.execute("ROLLBACK TO attempt")
-                    connection.execute("RELEASE attempt")
-                raise
-            connection.execute("RELEASE attempt")
-
 
 def insert_rows(
     connection: sqlite3.Connection,

@@ -12,6 +12,7 @@ from uuid import UUID
 
 from leftfold.application import Projection
 from leftfold.application.checkpoints import Change, Checkpoint, DeadLetter, Reader
+from leftfold.application.errors import NotUnique
 from leftfold.application.ports import Verdict
 from leftfold.application.projection import Execute
 from leftfold.infrastructure.stores.common import ABSENT, Run
@@ -143,10 +144,15 @@ class SQLiteViews(TableViews[SQLiteFile | Joined, sqlite3.Cursor]):
         try:
             insert_rows(cursor.connection, table.into, prepared, table.on_conflict)
         except sqlite3.IntegrityError as error:
-            refusal = not_unique(table.projection, str(error).partition(": ")[2])
+            refusal = self._refusal(table.projection, error)
             if refusal is None:
                 raise
             raise refusal from None
+
+    def _refusal(self, projection: Projection[Any], error: Exception) -> NotUnique | None:
+        if not isinstance(error, sqlite3.IntegrityError):
+            return None
+        return not_unique(projection, str(error).partition(": ")[2])
 
     def _delete(self, cursor: sqlite3.Cursor, table: ViewTable[Any], keys: Sequence[str]) -> None:
         cursor.executemany(f"{table.delete_by_key} = ?", [(key,) for key in keys])

@@ -59,6 +59,10 @@ class Writing(Protocol):
         """Write what may be written; each group gets its own verdict."""
         ...
 
+    def make_good(self) -> bool:
+        """Let inline views take in what others have written; tell whether there was any."""
+        ...
+
 
 class Moved(Exception):
     """A checkpoint is not as a page found it, or events were written first by others."""
@@ -157,6 +161,10 @@ class TableViews(Generic[D, C]):
     @abstractmethod
     def _put(self, cursor: C, table: ViewTable[Any], prepared: Any) -> None:
         """Insert or change rows. Raises `NotUnique`."""
+
+    @abstractmethod
+    def _refusal(self, projection: Projection[Any], error: Exception) -> NotUnique | None:
+        """Return the refusal that the driver's error stands for."""
 
     @abstractmethod
     def _delete(self, cursor: C, table: ViewTable[Any], keys: Sequence[str]) -> None: ...
@@ -303,6 +311,10 @@ class TableViews(Generic[D, C]):
         except NotFresh:
             changes = [replace(change, fresh=frozenset()) for change in changes]
             return self.write(changes, position, group=group, is_built=is_built, is_fence=is_fence)
+        except Exception:
+            if group is None or not self.log.make_good():
+                raise
+            return False
         return True
 
     def _encode(self, changes: Sequence[Change]) -> list[Encoded]:
@@ -480,8 +492,7 @@ class TableViews(Generic[D, C]):
             self._lock(cursor, [projection, anew])
             compared = self._compare(cursor, anew, projection)
             if compared is not None:
-                for statement in self.table(projection).replacing(self.table(anew)):
-                    self._run(cursor, statement)
+                self._replace(cursor, self.table(projection), self.table(anew))
                 self._run(
                     cursor, "DELETE FROM leftfold_dead_letters WHERE name = ? AND version = ?", who
                 )
@@ -498,6 +509,17 @@ class TableViews(Generic[D, C]):
                 )
                 self._drop(cursor, anew)
         return compared
+
+    def _replace(self, cursor: C, table: ViewTable[Any], anew: ViewTable[Any]) -> None:
+        """Give a table the rows of another. Raises `NotUnique`."""
+        try:
+            for statement in table.replacing(anew):
+                self._run(cursor, statement)
+        except Exception as error:
+            refusal = self._refusal(table.projection, error)
+            if refusal is None:
+                raise
+            raise refusal from None
 
     def _show(self, cursor: C, reader: Reader) -> None:
         """Let the view for people show this version, unless it shows this or a later one.

@@ -7,9 +7,11 @@ import random
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from string import ascii_letters
+from urllib.parse import urlsplit
 
 import pytest
 from databases import execute
+from eventsourcing.persistence import OperationalError
 from waiting import until
 
 from leftfold.application import (
@@ -19,9 +21,9 @@ from leftfold.application import (
     Projection,
     Unstorable,
 )
-from leftfold.application.items import RenameItem, item_model, item_stock
+from leftfold.application.items import RenameItem, item_model, item_stock, shop_model
 from leftfold.domain import Err
-from leftfold.domain.items import ItemRegistered, ItemRenamed, StockSold
+from leftfold.domain.items import ItemRegistered, ItemRenamed, Reorder, StockSold
 from leftfold.infrastructure import Retried, Runtime, Settings, ViewInUseError, follower
 from leftfold.infrastructure.items import open_items
 
@@ -281,6 +283,134 @@ async def test_what_cannot_be_taken_in_when_a_view_is_opened_again_is_put_aside(
         assert [letter.position for letter in await shop.dead_letters("names")] == [2, 3]
 
 
+async def test_what_was_put_aside_at_a_commit_is_told_to_who_waits_for_it(
+    shared_url, register, sell
+):
+    async with opened(shared_url, names()) as shop, open_items(shared_url) as other:
+        for sku in ("A", "B"):
+            (await other.commands.dispatch(named(register, sku, "Cup"))).unwrap()
+        # This process has not looked since: it asks the store.
+        (await shop.commands.dispatch(named(register, "C", "Jug"))).unwrap()
+        sold = await shop.commands.dispatch(sell("B", 1), consistency=["names"])
+        assert sold.unwrap().behind == ("names",)
+
+
+async def test_what_is_made_good_stays_though_the_commit_is_refused(shared_url, register, caplog):
+    view = names()
+    async with opened(shared_url, view) as shop, open_items(shared_url) as other:
+        for sku in ("A", "B"):
+            (await other.commands.dispatch(named(register, sku, "Cup"))).unwrap()
+        for _ in range(3):
+            answer = await shop.commands.dispatch(named(register, "C", "Cup"))
+            assert answer == Err(NotUnique("names", ("name",)))
+        assert shown(shop, view) == ["Cup"]
+        assert [letter.position for letter in await shop.dead_letters("names")] == [2]
+    assert caplog.text.count("names_v1 has put an event aside: NotUnique") == 1
+
+
+async def test_a_process_reacts_though_others_have_written_what_a_view_does_not_take(
+    shared_url, register, sell
+):
+    view = names()
+    model = replace(shop_model, projections=(item_stock, view))
+    async with open_items(shared_url) as other:
+        (await other.commands.dispatch(named(register, "A", "Cup", 1))).unwrap()
+        async with Runtime(model, shared_url) as shop:
+            for command in (named(register, "B", "Cup"), sell("A", 1)):
+                (await other.commands.dispatch(command)).unwrap()
+            (await shop.catch_up()).unwrap()
+            assert list(shop._store.log.versions([Reorder.id_of("A/1")]).values()) == [1]
+            assert [letter.position for letter in await shop.dead_letters("names")] == [2]
+            assert not any(p.dead_letters for p in shop.health().projections if p.name != "names")
+
+
+async def test_an_outage_while_others_events_are_made_good_puts_nothing_aside(
+    shared_url, register, monkeypatch
+):
+    async with opened(shared_url, names()) as shop, open_items(shared_url) as other:
+        for sku in ("A", "B"):
+            (await other.commands.dispatch(named(register, sku, "Cup"))).unwrap()
+        views, refused = shop._store.views, []
+        genuine = type(views).write
+
+        def write(self, changes, *args, **options):
+            if self is views and any(change.rows for change in changes):  # not in the commit
+                refused.append(changes)
+                raise OperationalError("the server is away")
+            return genuine(self, changes, *args, **options)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(type(views), "write", write)
+            answer = await shop.commands.dispatch(named(register, "C", "Jug"))
+            assert isinstance(answer.error, EventStoreUnavailable)
+            assert refused
+        assert await shop.dead_letters("names") == ()
+        (await shop.commands.dispatch(named(register, "C", "Jug"))).unwrap()
+        assert len(await shop.dead_letters("names")) == 1
+
+
+@pytest.mark.parametrize("on_poison", [None, "park"])
+async def test_a_view_that_was_dropped_under_its_writers_refuses_them(
+    shared_url, register, on_poison
+):
+    view = names(on_poison=on_poison)
+    async with opened(shared_url, view) as shop:
+        (await shop.commands.dispatch(named(register, "A", "Cup"))).unwrap()
+        shop._store.views.drop(view)
+        answer = await shop.commands.dispatch(named(register, "B", "Jug"))
+        assert isinstance(answer.error, (Unstorable, EventStoreUnavailable))
+        assert await shop.dead_letters("names") == ()
+
+
+async def test_a_rebuild_that_ends_with_two_such_rows_says_so(shared_url, register):
+    async with opened(shared_url, names()) as shop, open_items(shared_url) as other:
+        for sku in ("A", "B"):
+            (await other.commands.dispatch(named(register, sku, "Cup"))).unwrap()
+        (await shop.commands.dispatch(named(register, "C", "Jug"))).unwrap()
+        with pytest.raises(NotUnique, match="name"):
+            await shop.rebuild("names")
+        (await shop.commands.dispatch(named(register, "D", "Pot"))).unwrap()
+
+
+async def test_others_may_see_to_it_meanwhile(shared_url, register):
+    """Whoever comes first has put it aside; the others find that it was."""
+    view = names()
+    async with (
+        opened(shared_url, view) as one,
+        opened(shared_url, view) as two,
+        open_items(shared_url) as other,
+    ):
+        for n in range(30):
+            (await other.commands.dispatch(named(register, f"S{n}", f"N{n % 7}"))).unwrap()
+        answers = await asyncio.gather(
+            *(
+                each.commands.dispatch(named(register, f"{k}{n}", f"{k}{n}"))
+                for k, each in (("A", one), ("B", two))
+                for n in range(10)
+            )
+        )
+        assert all(answer.is_ok() for answer in answers)
+        assert len(await one.dead_letters("names")) == 23
+        assert len(shown(one, view)) == 27
+
+
+async def test_an_inline_view_may_be_looked_at_by_who_may_not_write(postgres_url, register, caplog):
+    async with opened(postgres_url, names()) as shop:
+        (await shop.commands.dispatch(named(register, "A", "Cup"))).unwrap()
+    execute(postgres_url, "CREATE ROLE looker LOGIN")
+    execute(postgres_url, "GRANT SELECT ON ALL TABLES IN SCHEMA public TO looker")
+    try:
+        url = urlsplit(postgres_url)
+        reading = url._replace(netloc=f"looker@{url.netloc.rpartition('@')[2]}").geturl()
+        view = names()
+        async with opened(reading, view, follow=False, create_tables=False) as shop:
+            assert shown(shop, view) == ["Cup"]
+        assert "it does not show that inline views are in use" in caplog.text
+    finally:
+        execute(postgres_url, "DROP OWNED BY looker")
+        execute(postgres_url, "DROP ROLE looker")
+
+
 @pytest.mark.parametrize("seed", range(4))
 async def test_whoever_writes_it_holds_all_but_what_was_put_aside(shared_url, register, seed):
     view, chance = names(), random.Random(seed)
@@ -304,7 +434,8 @@ async def test_whoever_writes_it_holds_all_but_what_was_put_aside(shared_url, re
 async def test_an_old_version_is_dropped_when_nobody_writes_it_any_more(
     shared_url, register, monkeypatch
 ):
-    monkeypatch.setattr(follower, "LEASE", 1.5)
+    monkeypatch.setattr(follower, "IN_USE", 2.0)
+    monkeypatch.setattr(follower, "SHOWN", 0.5)
     newer = names()
     newer.version = 2
     async with opened(shared_url, newer) as new:
@@ -313,8 +444,8 @@ async def test_an_old_version_is_dropped_when_nobody_writes_it_any_more(
             for _ in range(2):
                 with pytest.raises(ViewInUseError, match="names_v1"):
                     await new.drop_version("names", 1)
-                await asyncio.sleep(2)  # though nothing happens
-        await asyncio.sleep(2)
+                await asyncio.sleep(2.5)  # though nothing happens
+        await asyncio.sleep(2.5)
         await new.drop_version("names", 1)
         (await new.commands.dispatch(named(register, "B", "Jug"))).unwrap()
         assert shown(new, newer) == ["Cup", "Jug"]

@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from contextlib import closing
+from uuid import uuid4
 
 import psycopg
 import pytest
+from eventsourcing.persistence import OperationalError
 
 from leftfold.application import Unstorable
 from leftfold.application.items import ItemHistory
+from leftfold.application.ports import EncodedEvent, Failed, Group, Save
 from leftfold.domain import Err
 from leftfold.infrastructure import CircuitState
 from leftfold.infrastructure.items import open_items
+from leftfold.infrastructure.stores.common import MADE_GOOD, commit_in_runs
 from leftfold.infrastructure.stores.postgres import PostgresStore
 
 pytestmark = pytest.mark.anyio
@@ -43,6 +47,30 @@ def forbid_spoons(url):
     else:
         with psycopg.connect(url) as connection:
             connection.execute(NO_SPOONS["postgresql"])
+
+
+def test_an_outage_while_inline_views_are_made_good_is_no_refusal():
+    group = Group([Save(uuid4(), "Add", [EncodedEvent(uuid4(), 1, "added", b"{}")], (), None)], [])
+
+    def refuse(run):
+        return [Failed("not unique", is_refusal=True)] * len(run.groups)
+
+    def make_good():
+        raise OperationalError("the server is away")
+
+    assert commit_in_runs([group], refuse, make_good) == [Failed("the server is away")]
+
+
+def test_a_run_is_not_written_for_ever_while_others_write_what_views_do_not_take():
+    group = Group([Save(uuid4(), "Add", [EncodedEvent(uuid4(), 1, "added", b"{}")], (), None)], [])
+    refusal, tried = Failed("not unique", is_refusal=True), []
+
+    def refuse(run):
+        tried.append(run)
+        return [refusal] * len(run.groups)
+
+    assert commit_in_runs([group], refuse, lambda: True) == [refusal]
+    assert len(tried) == 1 + MADE_GOOD
 
 
 @pytest.mark.parametrize("in_thread", [False, True])
