@@ -43,9 +43,12 @@ LEASE = 3.0
 """Seconds that a reader is held; renewed at looks, of which there is one each `IDLE` at least."""
 RENEWED = 0.5
 """Seconds for which that is not repeated: to renew is to write, and looks may be many."""
-EVERYBODY, IN_USE, SHOWN = "everybody", 60.0, 20.0
-"""Who owns inline views: all that write them, together, so that it shows that they are in use. For
-so many seconds, and how often that is repeated."""
+EVERYBODY = "everybody"
+"""Who owns inline views: all that write them, together, so that it shows that they are in use."""
+IN_USE = 60.0
+"""Seconds for which it shows."""
+SHOWN = 20.0
+"""Seconds for which that is not repeated."""
 SOON = 0.02
 """Seconds between looks at what another process folds while somebody waits for it."""
 SELDOM = 0.1

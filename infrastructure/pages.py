@@ -322,6 +322,31 @@ class Pages:
         """
         return self.write(self.prepare(folds, limit, until=until))
 
+    def fold_alone(self, fold: Fold[Any], limit: int, until: int | None = None) -> Outcome:
+        """Fold the next events of one view.
+
+        Those that `failed` are to be tried again, half as many, so that it is found which it is;
+        if it is only one that is put aside. Raises the failure where the view is to halt, and
+        what the store does.
+        """
+        try:
+            outcome = self.fold([fold], limit, until)
+        except Exception as error:
+            if may_pass(error) or not is_poison(error):
+                raise
+            outcome = Outcome(failed={fold: error})
+        if outcome.is_lost or not outcome.failed:
+            return outcome
+        failure, name = outcome.failed[fold], fold.reader.table
+        if fold.policy == "halt" or not is_poison(failure):
+            raise failure_of(name, failure)
+        if limit > 1:
+            return outcome
+        if not self.park(fold, described(failure)):
+            return outcome._replace(is_lost=True)
+        _log.error("%s has put an event aside: %s", name, described(failure))
+        return outcome
+
     def begin(self, folds: Sequence[Fold[Any]], limit: int) -> Prepared | Outcome:
         """Fold the next events, and write them too if no others wait behind."""
         prepared = self.prepare(folds, limit)
@@ -673,26 +698,10 @@ class InlineViews:
         fold = _begun(projection, pages)
         begun, limit, attempts, has_more = fold.checkpoint.position, INLINE, 0, True
         while has_more:
-            is_lost = False
-            try:
-                outcome = pages.fold([fold], limit)
-                if outcome.failed:
-                    raise outcome.failed[fold]  # noqa: TRY301 - as the store does
-            except Exception as error:
-                if may_pass(error) or not is_poison(error):
-                    raise
-                if fold.policy == "halt":
-                    raise failure_of(projection.table, error) from None
-                if limit > 1:
-                    limit //= 2  # so it is found
-                elif pages.park(fold, described(error)):
-                    _log.error("%s has put an event aside: %s", projection.table, described(error))
-                else:  # others were quicker
-                    is_lost = True
-            else:
-                limit, is_lost = min(2 * limit, INLINE), outcome.is_lost
-                has_more = outcome.has_more or is_lost
-            attempts = self._again(fold, pages, attempts) if is_lost else 0
+            outcome = pages.fold_alone(fold, limit)
+            limit = max(1, limit // 2) if outcome.failed else min(2 * limit, INLINE)
+            attempts = self._again(fold, pages, attempts) if outcome.is_lost else 0
+            has_more = outcome.has_more or outcome.is_lost or bool(outcome.failed)
         return fold.checkpoint.position > begun
 
     def _again(self, fold: Fold[Any], pages: Pages, attempts: int) -> int:

@@ -30,10 +30,7 @@ from leftfold.infrastructure.pages import (
     Fold,
     Outcome,
     Pages,
-    described,
-    failure_of,
     fault_of,
-    is_poison,
 )
 from leftfold.infrastructure.resilience import RetryPolicy
 from leftfold.infrastructure.subscriptions import Subscription
@@ -287,28 +284,17 @@ class _Rebuild:
             if began - self._held_at > RENEWED:
                 await self._persistently(self._hold)
             outcome: Outcome = await self._persistently(
-                self._pages.fold, [fold], self._limit, position
+                self._pages.fold_alone, fold, self._limit, position
             )
             if outcome.is_lost:
                 return
             fault = fault_of(self._anew, fold.checkpoint)
             if fault is not None:
                 raise fault
-            if fold not in outcome.failed:
+            is_slow = self._platform.monotonic() - began > RENEWAL
+            self._limit = max(1, self._limit // 2) if outcome.failed or is_slow else REBUILD
+            if not outcome.failed:
                 self._told(fold.checkpoint.position, outcome.head)
-                is_slow = self._platform.monotonic() - began > RENEWAL
-                self._limit = max(1, self._limit // 2) if is_slow else REBUILD
-            elif self._limit > 1:
-                self._limit //= 2  # so that it is found which event it is
-            else:
-                await self._put_aside(outcome.failed[fold])
-
-    async def _put_aside(self, error: Exception) -> None:
-        """Park the next event, where that is wanted. Raises the failure."""
-        fold, name = self._fold, self._anew.table
-        if fold.policy == "halt" or not is_poison(error):
-            raise failure_of(name, error)
-        await self._in_thread(self._pages.park, fold, described(error))
 
 
 def _beside(projection: Projection[Any]) -> Projection[Any]:

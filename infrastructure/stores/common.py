@@ -27,6 +27,7 @@ from leftfold.application.ports import (
     EncodedEvent,
     Failed,
     Group,
+    Inline,
     LoggedEvent,
     Stale,
     Verdict,
@@ -70,7 +71,7 @@ def halves(run: Run) -> tuple[Run, Run]:
 
 
 def commit_in_runs(
-    groups: Sequence[Group], write: Callable[[Run], list[Verdict]], make_good: Callable[[], bool]
+    groups: Sequence[Group], write: Callable[[Run], list[Verdict]], inline: Inline | None
 ) -> list[Verdict]:
     """Write groups run by run; where something in a run is refused, find it by halves.
 
@@ -78,23 +79,23 @@ def commit_in_runs(
     """
     verdicts: list[Verdict] = []
     for run in runs(groups):
-        verdicts += (Stale(),) if run is None else _isolated(run, write, make_good)
+        verdicts += (Stale(),) if run is None else _isolated(run, write, inline)
     return verdicts
 
 
 def _isolated(
-    run: Run, write: Callable[[Run], list[Verdict]], make_good: Callable[[], bool]
+    run: Run, write: Callable[[Run], list[Verdict]], inline: Inline | None
 ) -> list[Verdict]:
     verdicts = write(run)
     for _ in range(MADE_GOOD):
         try:
-            if not is_refused(verdicts) or not make_good():
+            if not is_refused(verdicts) or inline is None or not inline.make_good():
                 break
         except PersistenceError as error:  # the run itself was rolled back
             return [Failed(str(error))] * len(run.groups)
         verdicts = write(run)
     if len(run.groups) > 1 and is_refused(verdicts):
-        return [v for half in halves(run) for v in _isolated(half, write, make_good)]
+        return [v for half in halves(run) for v in _isolated(half, write, inline)]
     return verdicts
 
 

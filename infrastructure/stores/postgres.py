@@ -141,11 +141,7 @@ class PostgresLog(PostgresEvents, Notifying, PostgresProcessRecorder):
     # The application's port
 
     def commit(self, groups: Sequence[Group]) -> list[Verdict]:
-        return commit_in_runs(groups, self._commit, self.make_good)
-
-    def make_good(self) -> bool:
-        """Let inline views take in what others have written; tell whether there was any."""
-        return self.inline is not None and self.inline.make_good()
+        return commit_in_runs(groups, self._commit, self.inline)
 
     def _commit(self, run: Run) -> list[Verdict]:
         is_sent = False

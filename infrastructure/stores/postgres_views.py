@@ -208,10 +208,7 @@ class PostgresViews(TableViews[PostgresDatabase | Joined, Cursor]):
             if others:
                 cursor.execute(table.upsert_json.encode(), (others,), prepare=True)
         except psycopg.errors.UniqueViolation as error:
-            refusal = self._refusal(table.projection, error)
-            if refusal is not None:
-                raise refusal from None
-            if not copied:
+            if not copied or self._refusal(table.projection, error) is not None:
                 raise
             _log.warning("%s: somebody else has written rows", table.projection.table)
             raise NotFresh from None

@@ -197,11 +197,7 @@ class SQLiteLog(SQLiteEvents, Notifying, SQLiteProcessRecorder):
     # The application's port
 
     def commit(self, groups: Sequence[Group]) -> list[Verdict]:
-        return commit_in_runs(groups, self._commit, self.make_good)
-
-    def make_good(self) -> bool:
-        """Let inline views take in what others have written; tell whether there was any."""
-        return self.inline is not None and self.inline.make_good()
+        return commit_in_runs(groups, self._commit, self.inline)
 
     def _commit(self, run: Run) -> list[Verdict]:
         """Write the groups of a run that are neither stale nor repeated, in one transaction."""

@@ -141,13 +141,7 @@ class SQLiteViews(TableViews[SQLiteFile | Joined, sqlite3.Cursor]):
     def _put(
         self, cursor: sqlite3.Cursor, table: ViewTable[Any], prepared: list[list[object]]
     ) -> None:
-        try:
-            insert_rows(cursor.connection, table.into, prepared, table.on_conflict)
-        except sqlite3.IntegrityError as error:
-            refusal = self._refusal(table.projection, error)
-            if refusal is None:
-                raise
-            raise refusal from None
+        insert_rows(cursor.connection, table.into, prepared, table.on_conflict)
 
     def _refusal(self, projection: Projection[Any], error: Exception) -> NotUnique | None:
         if not isinstance(error, sqlite3.IntegrityError):

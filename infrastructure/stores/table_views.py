@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from dataclasses import astuple, replace
 from itertools import chain
@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from leftfold.application import Projection
 from leftfold.application.checkpoints import Change, Checkpoint, Comparison, DeadLetter, Reader
 from leftfold.application.errors import NotUnique
-from leftfold.application.ports import Group, Order, Seek, Verdict
+from leftfold.application.ports import Group, Inline, Order, Seek, Verdict
 from leftfold.application.projection import Execute
 from leftfold.domain import ALWAYS, Specification
 from leftfold.domain.personal import Keys
@@ -59,8 +59,9 @@ class Writing(Protocol):
         """Write what may be written; each group gets its own verdict."""
         ...
 
-    def make_good(self) -> bool:
-        """Let inline views take in what others have written; tell whether there was any."""
+    @property
+    def inline(self) -> Inline | None:
+        """The views that are written with the events."""
         ...
 
 
@@ -160,7 +161,7 @@ class TableViews(Generic[D, C]):
 
     @abstractmethod
     def _put(self, cursor: C, table: ViewTable[Any], prepared: Any) -> None:
-        """Insert or change rows. Raises `NotUnique`."""
+        """Insert or change rows."""
 
     @abstractmethod
     def _refusal(self, projection: Projection[Any], error: Exception) -> NotUnique | None:
@@ -312,7 +313,8 @@ class TableViews(Generic[D, C]):
             changes = [replace(change, fresh=frozenset()) for change in changes]
             return self.write(changes, position, group=group, is_built=is_built, is_fence=is_fence)
         except Exception:
-            if group is None or not self.log.make_good():
+            inline = None if group is None else self.log.inline
+            if inline is None or not inline.make_good():
                 raise
             return False
         return True
@@ -347,9 +349,21 @@ class TableViews(Generic[D, C]):
         if gone:
             self._delete(cursor, table, gone)
         if prepared is not None:
-            self._put(cursor, table, prepared)
+            with self._refusing(reader):
+                self._put(cursor, table, prepared)
         if reader.writes is not None and change.events:
             reader.writes(self._executing(cursor), change.events)
+
+    @contextmanager
+    def _refusing(self, projection: Projection[Any]) -> Iterator[None]:
+        """Raise `NotUnique` for rows that a unique column does not take."""
+        try:
+            yield
+        except Exception as error:
+            refusal = self._refusal(projection, error)
+            if refusal is None:
+                raise
+            raise refusal from None
 
     def _keep_letters(self, cursor: C, change: Change) -> None:
         """Keep new dead letters, and drop those that are none any more."""
@@ -492,7 +506,9 @@ class TableViews(Generic[D, C]):
             self._lock(cursor, [projection, anew])
             compared = self._compare(cursor, anew, projection)
             if compared is not None:
-                self._replace(cursor, self.table(projection), self.table(anew))
+                with self._refusing(projection):
+                    for statement in self.table(projection).replacing(self.table(anew)):
+                        self._run(cursor, statement)
                 self._run(
                     cursor, "DELETE FROM leftfold_dead_letters WHERE name = ? AND version = ?", who
                 )
@@ -509,17 +525,6 @@ class TableViews(Generic[D, C]):
                 )
                 self._drop(cursor, anew)
         return compared
-
-    def _replace(self, cursor: C, table: ViewTable[Any], anew: ViewTable[Any]) -> None:
-        """Give a table the rows of another. Raises `NotUnique`."""
-        try:
-            for statement in table.replacing(anew):
-                self._run(cursor, statement)
-        except Exception as error:
-            refusal = self._refusal(table.projection, error)
-            if refusal is None:
-                raise
-            raise refusal from None
 
     def _show(self, cursor: C, reader: Reader) -> None:
         """Let the view for people show this version, unless it shows this or a later one.

@@ -24,7 +24,7 @@ from leftfold.application import (
 from leftfold.application.items import RenameItem, item_model, item_stock, shop_model
 from leftfold.domain import Err
 from leftfold.domain.items import ItemRegistered, ItemRenamed, Reorder, StockSold
-from leftfold.infrastructure import Retried, Runtime, Settings, ViewInUseError, follower
+from leftfold.infrastructure import Retried, Runtime, Settings, ViewInUseError, follower, pages
 from leftfold.infrastructure.items import open_items
 
 pytestmark = pytest.mark.anyio
@@ -58,6 +58,12 @@ def opened(url, view, **options):
 
 def named(register, sku, name, stock=100):
     return register(sku, stock).model_copy(update={"name": name})
+
+
+async def take(shop, register, name, *skus):
+    """Give items one name, in a program that has no rule against it."""
+    for sku in skus:
+        (await shop.commands.dispatch(named(register, sku, name))).unwrap()
 
 
 def shown(shop, view):
@@ -237,8 +243,7 @@ async def test_what_a_program_without_the_view_writes_is_put_aside_if_it_cannot_
 
 async def test_health_tells_of_what_an_inline_view_has_put_aside(shared_url, register):
     async with opened(shared_url, names()) as shop, open_items(shared_url) as other:
-        for sku in ("A", "B"):
-            (await other.commands.dispatch(named(register, sku, "Cup"))).unwrap()
+        await take(other, register, "Cup", "A", "B")
         (await shop.commands.dispatch(named(register, "C", "Jug"))).unwrap()
 
         def put_aside():
@@ -253,20 +258,21 @@ async def test_a_view_that_is_to_halt_refuses_what_comes_after_what_it_cannot_ta
 ):
     view = names(on_poison="halt")
     async with opened(shared_url, view) as shop, open_items(shared_url) as other:
-        for sku in ("A", "B"):
-            (await other.commands.dispatch(named(register, sku, "Cup"))).unwrap()
+        await take(other, register, "Cup", "A", "B")
         for _ in range(2):
             answer = await shop.commands.dispatch(named(register, "C", "Jug"))
             assert answer == Err(NotUnique("names", ("name",)))
         assert shop._store.log.head() == 2
 
 
-async def test_a_view_that_the_log_contradicts_is_not_opened(shared_url, register):
+async def test_a_new_view_that_the_log_contradicts_is_opened_only_if_it_parks(shared_url, register):
     async with open_items(shared_url) as shop:
-        for sku in ("A", "B"):
-            (await shop.commands.dispatch(named(register, sku, "Cup"))).unwrap()
+        await take(shop, register, "Cup", "A", "B")
     with pytest.raises(NotUnique, match="name"):
         await opened(shared_url, names()).open()
+    view = names(on_poison="park")
+    async with opened(shared_url, view) as shop:
+        assert shown(shop, view) == ["Cup"]
 
 
 async def test_what_cannot_be_taken_in_when_a_view_is_opened_again_is_put_aside(
@@ -276,8 +282,7 @@ async def test_what_cannot_be_taken_in_when_a_view_is_opened_again_is_put_aside(
     async with opened(shared_url, view) as shop:
         (await shop.commands.dispatch(named(register, "A", "Cup"))).unwrap()
     async with open_items(shared_url) as other:
-        for sku in ("B", "C"):
-            (await other.commands.dispatch(named(register, sku, "Cup"))).unwrap()
+        await take(other, register, "Cup", "B", "C")
     async with opened(shared_url, view) as shop:
         assert shown(shop, view) == ["Cup"]
         assert [letter.position for letter in await shop.dead_letters("names")] == [2, 3]
@@ -287,8 +292,7 @@ async def test_what_was_put_aside_at_a_commit_is_told_to_who_waits_for_it(
     shared_url, register, sell
 ):
     async with opened(shared_url, names()) as shop, open_items(shared_url) as other:
-        for sku in ("A", "B"):
-            (await other.commands.dispatch(named(register, sku, "Cup"))).unwrap()
+        await take(other, register, "Cup", "A", "B")
         # This process has not looked since: it asks the store.
         (await shop.commands.dispatch(named(register, "C", "Jug"))).unwrap()
         sold = await shop.commands.dispatch(sell("B", 1), consistency=["names"])
@@ -298,14 +302,28 @@ async def test_what_was_put_aside_at_a_commit_is_told_to_who_waits_for_it(
 async def test_what_is_made_good_stays_though_the_commit_is_refused(shared_url, register, caplog):
     view = names()
     async with opened(shared_url, view) as shop, open_items(shared_url) as other:
-        for sku in ("A", "B"):
-            (await other.commands.dispatch(named(register, sku, "Cup"))).unwrap()
+        await take(other, register, "Cup", "A", "B")
         for _ in range(3):
             answer = await shop.commands.dispatch(named(register, "C", "Cup"))
             assert answer == Err(NotUnique("names", ("name",)))
         assert shown(shop, view) == ["Cup"]
         assert [letter.position for letter in await shop.dead_letters("names")] == [2]
     assert caplog.text.count("names_v1 has put an event aside: NotUnique") == 1
+
+
+async def test_beyond_the_most_dead_letters_commits_are_refused(shared_url, register, monkeypatch):
+    monkeypatch.setattr(pages, "MAX_DEAD_LETTERS", 1)
+    view = names()
+    async with opened(shared_url, view) as shop, open_items(shared_url) as other:
+        await take(other, register, "Cup", "A", "B")
+        (await shop.commands.dispatch(named(register, "C", "Jug"))).unwrap()
+        await take(other, register, "Cup", "D")
+        for _ in range(2):
+            answer = await shop.commands.dispatch(named(register, "E", "Pot"))
+            assert answer == Err(NotUnique("names", ("name",)))
+        assert shown(shop, view) == ["Cup", "Jug"]
+        assert await shop.drop_dead_letters("names") == 1
+        (await shop.commands.dispatch(named(register, "E", "Pot"))).unwrap()
 
 
 async def test_a_process_reacts_though_others_have_written_what_a_view_does_not_take(
@@ -328,8 +346,7 @@ async def test_an_outage_while_others_events_are_made_good_puts_nothing_aside(
     shared_url, register, monkeypatch
 ):
     async with opened(shared_url, names()) as shop, open_items(shared_url) as other:
-        for sku in ("A", "B"):
-            (await other.commands.dispatch(named(register, sku, "Cup"))).unwrap()
+        await take(other, register, "Cup", "A", "B")
         views, refused = shop._store.views, []
         genuine = type(views).write
 
@@ -364,8 +381,7 @@ async def test_a_view_that_was_dropped_under_its_writers_refuses_them(
 
 async def test_a_rebuild_that_ends_with_two_such_rows_says_so(shared_url, register):
     async with opened(shared_url, names()) as shop, open_items(shared_url) as other:
-        for sku in ("A", "B"):
-            (await other.commands.dispatch(named(register, sku, "Cup"))).unwrap()
+        await take(other, register, "Cup", "A", "B")
         (await shop.commands.dispatch(named(register, "C", "Jug"))).unwrap()
         with pytest.raises(NotUnique, match="name"):
             await shop.rebuild("names")

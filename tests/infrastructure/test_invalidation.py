@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from time import sleep
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 from proxy import Proxy
 from waiting import until
 
 from leftfold.application import Projection, cached, invalidating
+from leftfold.application.checkpoints import Change, DeadLetter
 from leftfold.application.items import GetItem, ItemRow, item_model, item_stock
 from leftfold.domain.items import Item, ItemRegistered
 from leftfold.infrastructure import (
@@ -172,6 +174,23 @@ async def test_what_changes_rows_without_an_event_clears_the_cache(
         await asyncio.sleep(0.2)
         assert await cache.get("A") == row  # to be looked at changes nothing
         await mends(other if is_another else shop, "item_stock")
+
+        await until_gone(cache)
+
+
+async def test_what_is_given_up_clears_the_cache(shared_url, register):
+    cache = InMemoryCache(ItemRow, name="rows")
+    async with opened(shared_url, cache) as shop:
+        written = (await shop.commands.dispatch(register("A", 9))).unwrap()
+        (await shop.catch_up()).unwrap()
+        views = shop._store.views
+        (at,) = views.checkpoints([item_stock])
+        letter = DeadLetter(1, "k", UUID(int=1), 1, "sold", "ValueError", datetime.now(UTC))
+        assert views.write([Change(item_stock, at, parked=[letter])], at.position)
+        row = (await shop.queries.dispatch(GetItem(sku="A"), after=written)).unwrap()
+        await asyncio.sleep(1.2)  # a look
+        assert await cache.get("A") == row
+        assert await shop.drop_dead_letters("item_stock") == 1
 
         await until_gone(cache)
 

@@ -1091,6 +1091,33 @@ def test_who_is_told_of_events_sees_none_beyond_how_far_it_is_said_to_be(opened,
     assert free.logged[-1].position == free.end == shop.log.head()
 
 
+# A view alone ---------------------------------------------------------------------------------
+
+
+def test_of_several_events_one_that_a_view_cannot_take_in_is_looked_for_and_put_aside(opened):
+    view = tallying(fault=Fault(7), on_poison="park")
+    shop = opened(view)
+    shop.write(shop.received(), shop.received(B, 7), shop.received(C))
+    fold = shop.fold_of(view)
+    assert fold in shop.pages.fold_alone(fold, 3).failed
+    assert not shop.pages.fold_alone(fold, 1).failed
+    assert shop.letters(view) == []
+    assert fold in shop.pages.fold_alone(fold, 1).failed
+    assert shop.letters(view) == [(1, B.hex, True)]
+    assert not shop.pages.fold_alone(fold, 1).failed
+    assert shop.rows(view) == {A.hex: Tally(1, 1), C.hex: Tally(1, 1)}
+
+
+def test_where_others_come_before_nothing_is_put_aside_and_the_page_is_lost(opened, monkeypatch):
+    view = tallying(fault=Fault(7), on_poison="park")
+    shop = opened(view)
+    shop.write(shop.received(A, 7))
+    fold = shop.fold_of(view)
+    with before_each(monkeypatch, shop.pages, "park", lambda _: shop.pages.change(view, (), ())):
+        assert shop.pages.fold_alone(fold, 1).is_lost
+    assert shop.letters(view) == []
+
+
 # Inline ---------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from leftfold.application.ports import EncodedEvent, Failed, Group, Save
 from leftfold.domain import Err
 from leftfold.infrastructure import CircuitState
 from leftfold.infrastructure.items import open_items
+from leftfold.infrastructure.pages import InlineViews
 from leftfold.infrastructure.stores.common import MADE_GOOD, commit_in_runs
 from leftfold.infrastructure.stores.postgres import PostgresStore
 
@@ -49,19 +50,24 @@ def forbid_spoons(url):
             connection.execute(NO_SPOONS["postgresql"])
 
 
-def test_an_outage_while_inline_views_are_made_good_is_no_refusal():
+def test_an_outage_while_inline_views_are_made_good_is_no_refusal(monkeypatch):
     group = Group([Save(uuid4(), "Add", [EncodedEvent(uuid4(), 1, "added", b"{}")], (), None)], [])
 
     def refuse(run):
         return [Failed("not unique", is_refusal=True)] * len(run.groups)
 
+    inline = InlineViews(())
+
     def make_good():
         raise OperationalError("the server is away")
 
-    assert commit_in_runs([group], refuse, make_good) == [Failed("the server is away")]
+    monkeypatch.setattr(inline, "make_good", make_good)
+    assert commit_in_runs([group], refuse, inline) == [Failed("the server is away")]
 
 
-def test_a_run_is_not_written_for_ever_while_others_write_what_views_do_not_take():
+def test_a_run_is_not_written_for_ever_while_others_write_what_views_do_not_take(
+    monkeypatch,
+):
     group = Group([Save(uuid4(), "Add", [EncodedEvent(uuid4(), 1, "added", b"{}")], (), None)], [])
     refusal, tried = Failed("not unique", is_refusal=True), []
 
@@ -69,7 +75,9 @@ def test_a_run_is_not_written_for_ever_while_others_write_what_views_do_not_take
         tried.append(run)
         return [refusal] * len(run.groups)
 
-    assert commit_in_runs([group], refuse, lambda: True) == [refusal]
+    inline = InlineViews(())
+    monkeypatch.setattr(inline, "make_good", lambda: True)
+    assert commit_in_runs([group], refuse, inline) == [refusal]
     assert len(tried) == 1 + MADE_GOOD
 
 
