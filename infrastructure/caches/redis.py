@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import uuid
-from asyncio import Semaphore
+from asyncio import Semaphore, timeout
 from collections.abc import Awaitable, Callable
 from copy import copy
 from functools import partial
@@ -205,6 +205,24 @@ class RedisTier(Generic[T]):
         other.origin = uuid.uuid4().hex
         return other
 
+    async def close(self) -> None:
+        """Close the connections, once the commands under way are finished or have had their time.
+
+        They are made anew when they are needed.
+        """
+        taken = 0
+        try:
+            async with timeout(2 * TIMEOUT):
+                while taken < CONNECTIONS:
+                    await self._places.acquire()
+                    taken += 1
+        except TimeoutError:
+            pass
+        finally:
+            await self.client.aclose()
+            for _ in range(taken):
+                self._places.release()
+
     async def fetch(self, key: str) -> Kept[T] | None:
         """Return what is kept, also if it has expired."""
         document = await self._ask(lambda: self.client.get(self._key("v", key)))
@@ -377,7 +395,7 @@ class RedisCache(LoadingCache[T]):
 
     async def close(self) -> None:
         """Close the connections."""
-        await self.tier.client.aclose()
+        await self.tier.close()
 
     @property
     def _state(self) -> str:

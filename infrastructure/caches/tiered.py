@@ -90,10 +90,13 @@ class TieredCache(LoadingCache[T]):
     async def close(self) -> None:
         """Listen no more, and close the connections."""
         listening, self._listening = self._listening, None
-        if listening is not None:
+        while listening is not None and not listening.done():
+            # Again and again: before Python 3.12 `asyncio.wait_for`, by which the client sends,
+            # may swallow it (CPython issue 86296).
             listening.cancel()
-            await asyncio.wait([listening])
+            await asyncio.wait([listening], timeout=LOOK)
         self._lose()
+        self._is_ready.set()  # who waits for it goes on with memory alone
         self._is_ready.clear()
         await self._redis.close()
 

@@ -19,6 +19,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import ConstantBackoff
 from waiting import until
 
+from leftfold.infrastructure import Resilience
 from leftfold.infrastructure.caches import InMemoryCache, RedisCache, TieredCache, tiered
 from leftfold.infrastructure.caches import redis as redis_tier
 
@@ -260,6 +261,27 @@ async def test_a_client_that_connects_anew_by_itself_is_noticed(own_valkey, prox
         await until(lambda: not other.is_connected, 5)
         assert other._look("a") is None
     await client.aclose()
+
+
+async def test_it_can_be_closed_at_any_step_of_connecting(own_valkey):
+    for steps in range(40):
+        cache = TieredCache(InMemoryCache(int), RedisCache(int, own_valkey.url, prefix="t"))
+        asked = asyncio.ensure_future(cache.get("a"))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        await asyncio.wait_for(cache.close(), 5)
+        assert await asyncio.wait_for(asked, 5) is None
+
+
+async def test_a_command_that_hangs_does_not_hold_up_closing(proxy):
+    client = AsyncRedis.from_url(proxy.url, socket_timeout=None)
+    cache = RedisCache(int, client, prefix="t", guard=Resilience("patient"))
+    await cache.set("a", 1)
+    proxy.swallows = True
+    asked = asyncio.ensure_future(cache.get("a"))
+    await asyncio.sleep(0.02)
+    await asyncio.wait_for(cache.close(), 2)
+    asked.cancel()
 
 
 async def test_an_address_that_swallows_all_does_not_hold_up_the_first_use():
