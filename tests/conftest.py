@@ -216,6 +216,7 @@ class Child:
                 stderr=stderr,
                 text=True,
                 env={**os.environ, "PYTHONPATH": str(SOURCE)},
+                start_new_session=True,  # so that what it forks can be killed with it
             )
 
     @property
@@ -225,7 +226,7 @@ class Child:
     def says(self, timeout: float = 30.0) -> str:
         """Return the next line the child says; it is killed if that takes too long."""
         assert self.process.stdout
-        watchdog = Timer(timeout, self.process.kill)
+        watchdog = Timer(timeout, self.kill)
         watchdog.start()
         line = self.process.stdout.readline().strip()
         watchdog.cancel()
@@ -235,7 +236,7 @@ class Child:
     def says_until_it_ends(self, timeout: float = 30.0) -> list[str]:
         """Return all further lines; the child is killed if it takes too long."""
         assert self.process.stdout
-        watchdog = Timer(timeout, self.process.kill)
+        watchdog = Timer(timeout, self.kill)
         watchdog.start()
         lines = self.process.stdout.read().splitlines()
         watchdog.cancel()
@@ -245,6 +246,11 @@ class Child:
         assert self.process.stdin
         self.process.stdin.write(f"{line}\n")
         self.process.stdin.flush()
+
+    def kill(self) -> None:
+        """Kill it with all that it has forked, which may hold its output open."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def ends(self, timeout: float = 20.0) -> int:
         """Return the exit status; negative for a signal."""
@@ -263,5 +269,5 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Child]]:
 
     yield start
     for child in children:
-        child.process.kill()
+        child.kill()
         child.process.communicate()
