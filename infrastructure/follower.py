@@ -480,6 +480,8 @@ class Follower:
             if has_moved or not reader.moved_at or at.position >= head:
                 reader.moved_at = now
             reader.work.adopt(at)
+            if reader.is_inline:  # what it cannot take in refuses commits from here on
+                reader.failure = fault_of(reader.reader, at)
             reader.is_mine = self.folds and at.owner == self._owner and at.is_held
             reader.head = max(reader.head, at.position)
             reader.is_due = reader.is_due or reader.position < reader.head

@@ -25,6 +25,7 @@ from leftfold.application.items import RenameItem, item_model, item_stock, shop_
 from leftfold.domain import Err
 from leftfold.domain.items import ItemRegistered, ItemRenamed, Reorder, StockSold
 from leftfold.infrastructure import Retried, Runtime, Settings, ViewInUseError, follower, pages
+from leftfold.infrastructure.errors import TooManyDeadLettersError
 from leftfold.infrastructure.items import open_items
 
 pytestmark = pytest.mark.anyio
@@ -322,7 +323,11 @@ async def test_beyond_the_most_dead_letters_commits_are_refused(shared_url, regi
             answer = await shop.commands.dispatch(named(register, "E", "Pot"))
             assert answer == Err(NotUnique("names", ("name",)))
         assert shown(shop, view) == ["Cup", "Jug"]
+        await until(lambda: not shop.health().is_healthy)
+        (told,) = (p for p in shop.health().projections if p.name == "names")
+        assert told.failure == str(TooManyDeadLettersError("names_v1", 1))
         assert await shop.drop_dead_letters("names") == 1
+        await until(lambda: shop.health().is_healthy)
         (await shop.commands.dispatch(named(register, "E", "Pot"))).unwrap()
 
 
