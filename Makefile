@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# The longest tests come first, so whoever is free takes the next.
+SPREAD := -n auto --dist load --maxschedchunk 1
 
 .PHONY: demo test check bench clean
 
@@ -14,8 +16,8 @@ demo: $(VENV)/.installed ## simulate a small shop and import its sales on SQLite
 	$(BIN)/leftfold demo
 
 test: $(VENV)/.installed ## every test, with real servers that pip brought; those of times afterwards
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not timed" $(OPTIONS)
-	$(BIN)/python -m pytest -n auto --dist worksteal -m timed $(OPTIONS)
+	$(BIN)/python -m pytest $(SPREAD) -m "not timed" $(OPTIONS)
+	$(BIN)/python -m pytest $(SPREAD) -m timed $(OPTIONS)
 
 check: $(VENV)/.installed ## style, types, layers
 	$(BIN)/ruff format --check .

@@ -34,7 +34,7 @@ settings.load_profile("leftfold")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes long: no worker of pytest-xdist is left alone with it at the end."""
+    """Begin with what takes long: nobody is left alone with it at the end."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 

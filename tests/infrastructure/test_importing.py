@@ -267,7 +267,10 @@ def test_sigterm_ends_an_import_between_two_transactions(tmp_path):
 @pytest.mark.skipif(not REAL.exists(), reason="the real sales are not beside the checkout")
 def test_the_real_sales_are_imported_exactly(shared_url):
     process = start_import(REAL, shared_url)
-    output, complaint = process.communicate(timeout=600)
+    try:
+        output, complaint = process.communicate(timeout=300)
+    finally:
+        process.kill()
     assert process.returncode == 0, complaint
     summary = json.loads(output)
     found = {name: summary[name] for name in REAL_SUMMARY} | {
