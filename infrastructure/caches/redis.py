@@ -219,9 +219,11 @@ class RedisTier(Generic[T]):
         except TimeoutError:
             pass
         finally:
-            await self.client.aclose()
-            for _ in range(taken):
-                self._places.release()
+            try:
+                await self.client.aclose()
+            finally:
+                for _ in range(taken):
+                    self._places.release()
 
     async def fetch(self, key: str) -> Kept[T] | None:
         """Return what is kept, also if it has expired."""

@@ -60,6 +60,7 @@ class TieredCache(LoadingCache[T]):
         self._is_connected = False
         self._listening: asyncio.Task[None] | None = None
         self._is_ready = asyncio.Event()
+        self._is_closed = False
 
     @property
     def is_connected(self) -> bool:
@@ -81,22 +82,24 @@ class TieredCache(LoadingCache[T]):
     async def open(self) -> None:
         """Begin to listen for what others change; return when it is known whether Redis is there.
 
-        It happens at the first use, if not before.
+        It happens at the first use, if not before; once it was closed, only here.
         """
-        if self._listening is None:
+        self._is_closed = False
+        await self._get_ready()
+
+    async def _get_ready(self) -> None:
+        if self._listening is None or self._listening.done():
             self._listening = start_task(self._listen())
         await self._is_ready.wait()
 
     async def close(self) -> None:
-        """Listen no more, and close the connections."""
-        listening, self._listening = self._listening, None
-        while listening is not None and not listening.done():
-            # Again and again: before Python 3.12 `asyncio.wait_for`, by which the client sends,
-            # may swallow it (CPython issue 86296).
-            listening.cancel()
-            await asyncio.wait([listening], timeout=LOOK)
-        self._lose()
+        """Listen no more, and close the connections; from then on it is memory alone."""
+        self._is_closed = True
         self._is_ready.set()  # who waits for it goes on with memory alone
+        while self._listening is not None and not self._listening.done():
+            self._listening.cancel()  # again and again: see `_is_to_end`
+            await asyncio.wait([self._listening], timeout=LOOK)
+        self._lose()
         self._is_ready.clear()
         await self._redis.close()
 
@@ -198,8 +201,10 @@ class TieredCache(LoadingCache[T]):
     # Redis, and its absence
 
     async def _can_ask(self) -> bool:
+        if self._is_closed:
+            return False
         if not self._is_ready.is_set():
-            await self.open()
+            await self._get_ready()
         return self._is_connected
 
     def _fail(self) -> None:
@@ -227,13 +232,14 @@ class TieredCache(LoadingCache[T]):
 
     async def _listen(self) -> None:
         pause = FIRST_PAUSE
-        while True:
+        while not _is_to_end():
             begun = monotonic()
             try:
                 await self._session()
             except Exception as error:  # noqa: BLE001 - whatever it is, nothing is heard any more
                 _log.warning("%s is lost: %s", self.name, type(error).__name__)
-            self._lose()
+            finally:
+                self._lose()
             self._is_ready.set()
             pause = FIRST_PAUSE if monotonic() - begun > LONGEST_PAUSE else pause
             await asleep(pause * (0.5 + random_number()))
@@ -263,7 +269,7 @@ class TieredCache(LoadingCache[T]):
 
     async def _hear(self, subscription: Any) -> None:
         heard = asked = monotonic()
-        while self._is_connected:
+        while self._is_connected and not _is_to_end():
             message = await subscription.get_message(timeout=LOOK)
             if message is not None:
                 heard = monotonic()
@@ -284,6 +290,16 @@ class TieredCache(LoadingCache[T]):
 
 class _Lost(Exception):
     """Redis does not answer pings, or others' changes went unheard for a while."""
+
+
+def _is_to_end() -> bool:
+    """Tell whether the task was cancelled: it may not have heard of it.
+
+    Before Python 3.12 `asyncio.wait_for`, by which the client sends, swallows a cancellation that
+    comes as it ends (CPython issue 86296).
+    """
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _check(heard: float) -> None:

@@ -9,6 +9,7 @@ from collections import Counter
 from contextlib import AsyncExitStack, asynccontextmanager
 from random import Random
 from statistics import median
+from threading import Thread
 from time import monotonic
 
 import pytest
@@ -271,6 +272,65 @@ async def test_it_can_be_closed_at_any_step_of_connecting(own_valkey):
             await asyncio.sleep(0)
         await asyncio.wait_for(cache.close(), 5)
         assert await asyncio.wait_for(asked, 5) is None
+
+
+async def test_a_load_under_way_does_not_open_it_again(own_valkey):
+    for steps in range(20):
+        cache = TieredCache(InMemoryCache(int), RedisCache(int, own_valkey.url, prefix="t"))
+        asked = asyncio.ensure_future(cache.get_or_load("a", source(1)))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        await cache.close()
+        assert await asyncio.wait_for(asked, 5) == 1
+        assert await cache.get("b") is None
+        assert not cache.is_connected
+        assert cache._listening is None or cache._listening.done()
+    await cache.open()
+    assert cache.is_connected
+    await cache.close()
+
+
+async def test_closing_that_was_given_up_goes_on_when_it_is_asked_for_again(own_valkey):
+    for steps in range(20):
+        cache = TieredCache(InMemoryCache(int), RedisCache(int, own_valkey.url, prefix="t"))
+        opening = asyncio.ensure_future(cache.open())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        closing = asyncio.ensure_future(cache.close())
+        await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.wait([closing])
+        await asyncio.wait_for(cache.close(), 5)
+        assert cache._listening is None or cache._listening.done()
+        await asyncio.wait_for(opening, 5)
+
+
+def test_one_that_was_not_closed_does_not_keep_its_loop_from_ending(own_valkey):
+    async def use(steps):
+        cache = TieredCache(InMemoryCache(int), RedisCache(int, own_valkey.url, prefix="t"))
+        opening = asyncio.ensure_future(cache.open())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        opening.cancel()
+
+    for steps in range(26):
+        thread = Thread(target=lambda n=steps: asyncio.run(use(n)), daemon=True)
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive(), steps
+
+
+async def test_closing_that_was_given_up_leaves_room_for_commands(own_valkey):
+    cache = RedisCache(int, own_valkey.url, prefix="t")
+    await cache.set("a", 1)
+    for steps in range(4):
+        closing = asyncio.ensure_future(cache.close())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.wait([closing])
+        assert await asyncio.wait_for(cache.get("a"), 5) == 1
+    await cache.close()
 
 
 async def test_a_command_that_hangs_does_not_hold_up_closing(proxy):
