@@ -61,6 +61,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("leftfold.runtime")
 
+CUT_EVERY = 1.0
+"""Seconds between looks for calls that hang, at most."""
 PURGE_INTERVAL = 3_600.0
 """Seconds between purges."""
 PURGED_AT_ONCE = 1_000
@@ -112,6 +114,8 @@ class Runtime:
         self._platform: SystemPlatform | None = None  # from the beginning of open to close's end
         self._parts: _Parts | None = None
         self._closing: asyncio.Task[None] | None = None
+        self._cutting: asyncio.Task[None] | None = None
+        self._patience = self.settings.store_timeout
         self._inline = InlineViews(())
 
     @property
@@ -276,6 +280,9 @@ class Runtime:
         async with AsyncExitStack() as undo:
             undo.callback(self._forget)
             undo.push_async_callback(platform.close_then, self._close_stores)
+            undo.callback(self._give_up)
+            self._patience = self.settings.store_timeout
+            self._cutting = platform.spawn(self._cut(platform))
             await platform.in_thread(self._open_store)
             self._parts = _Parts(
                 self.model,
@@ -333,12 +340,28 @@ class Runtime:
             last.callback(sigterm.discard, self._begin_close)
             last.callback(self._forget)
             last.push_async_callback(parts.platform.close_then, self._close_stores)
+            last.callback(self._give_up)
             last.push_async_callback(parts.stop)
             await parts.drain(self.settings.command_timeout + PATIENCE)
             self._parts = None
 
+    async def _cut(self, platform: SystemPlatform) -> None:
+        """Cut off calls that hang, whatever else hangs."""
+        while True:
+            await platform.sleep(min(self.settings.store_timeout / 10, CUT_EVERY))
+            self._store.cut(self._patience)
+            self._keyring.cut(self._patience)
+
+    def _give_up(self) -> None:
+        """Cut what is still asked, and what waits behind that: nobody waits for it any more."""
+        self._patience = -math.inf
+        self._store.cut(self._patience)
+        self._keyring.cut(self._patience)
+
     def _forget(self) -> None:
-        self._platform = self._parts = self._closing = None
+        if self._cutting is not None:
+            self._cutting.cancel()
+        self._platform = self._parts = self._closing = self._cutting = None
 
     @property
     def _opened(self) -> _Parts:
@@ -408,7 +431,6 @@ class _Parts:
         assert isinstance(mapper, EventMapper)  # noqa: S101 - made of that class
         self.mapper = mapper
         self._poll_interval = settings.poll_interval
-        self._store_timeout = settings.store_timeout
         self._view_timeout = settings.view_timeout
         self.access = StoreAccess(
             store.log,
@@ -469,7 +491,7 @@ class _Parts:
             self.queries.add(*query_service(views, histories).handlers())
         self._receipts_kept = settings.receipts_kept
         self._following: tuple[asyncio.Future[None], ...] = ()
-        self._housekeeping = [platform.spawn(self._cut())]
+        self._housekeeping: list[asyncio.Task[None]] = []
 
     async def begin(self, inline: InlineViews) -> None:
         """Bring inline views as far as the log, learn how far the others are, and go on."""
@@ -497,7 +519,6 @@ class _Parts:
             self._watching.cancel()
             await _within(PATIENCE, asyncio.wait(self._following))
             await _within(PATIENCE, self.follower.release())
-        self._store.cut(-math.inf)  # nobody waits for what is still asked
         for task in self._housekeeping:
             task.cancel()
 
@@ -532,13 +553,6 @@ class _Parts:
 
     def _wake(self) -> None:
         self.follower.wake()
-
-    async def _cut(self) -> None:
-        """Cut off calls that hang, whatever else hangs."""
-        while True:
-            await self.platform.sleep(self._store_timeout / 10)
-            self._store.cut(self._store_timeout)
-            self._keyring.cut(self._store_timeout)
 
     async def _forget(self) -> None:
         """Learn what other processes have forgotten."""

@@ -8,6 +8,9 @@ import struct
 import threading
 from time import sleep
 
+READY = b"Z\x00\x00\x00\x05I"
+"""What a PostgreSQL server ends a log-in with."""
+
 
 class Proxy:
     """Passes bytes between clients and a server, each connection on threads of its own."""
@@ -21,6 +24,8 @@ class Proxy:
         """Packets get lost, and nobody is told."""
         self.refuses = False
         """New connections are closed at once."""
+        self.is_silent = False
+        """Nothing that a PostgreSQL server says to who has logged in arrives."""
         self._pairs = []
         self._listener = socket.create_server(("127.0.0.1", port))
         self.port = self._listener.getsockname()[1]
@@ -77,10 +82,12 @@ class Proxy:
         return server
 
     def _pump(self, source, sink):
+        is_in = False
         with contextlib.suppress(OSError):
             while data := source.recv(65_536):
                 if self.delay:
                     sleep(self.delay)
-                if not self.swallows:
+                if not self.swallows and not (self.is_silent and is_in):
                     sink.sendall(data)
+                is_in = is_in or data.endswith(READY)
             sink.shutdown(socket.SHUT_WR)

@@ -254,8 +254,15 @@ class LoadingCache(CacheProvider[T], ABC):
                 return flight
             flight = self._flights[key] = Flight(next(self._numbers), tags)
             flight.after = after
-        start_task(self._load(key, flight, loader, ttl))
+        loading = start_task(self._load(key, flight, loader, ttl))
+        loading.add_done_callback(lambda _: self._abandon(key, flight))
         return flight
+
+    def _abandon(self, key: str, flight: Flight[T]) -> None:
+        """See to a load whose task was cancelled before it began: it could not do so itself."""
+        if not flight.answer.done():
+            self._land(key, flight)
+            flight.answer.set_exception(_Abandoned())
 
     async def _load(
         self, key: str, flight: Flight[T], loader: Loader[T], ttl: float | None

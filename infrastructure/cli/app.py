@@ -54,6 +54,9 @@ from leftfold.infrastructure.stores.memory import MemoryStore
 
 T = TypeVar("T")
 
+FOLLOWER_ENDS = 20.0
+"""Seconds that an import waits for the process that folds beside it."""
+
 Keys = Annotated[
     str,
     typer.Option(
@@ -341,8 +344,14 @@ def _following(store: str) -> Iterator[None]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env=environment,
-    ):
-        yield
+    ) as follower:
+        try:
+            yield
+        finally:
+            try:
+                follower.communicate(timeout=FOLLOWER_ENDS)
+            except subprocess.TimeoutExpired:
+                follower.kill()  # a page that it was at is folded by who comes next
 
 
 def _specification(sentence: str) -> Specification[ItemRow]:

@@ -272,7 +272,7 @@ class PostgresKeys:
             with self._turn:
                 connection = self._connection
                 if connection is None or connection.closed:
-                    connection = self._connection = self._connect()
+                    connection = self._connect()
                 with self._awaited(), connection.transaction(), connection.cursor() as cursor:
                     yield cursor
         except self._psycopg.errors.UndefinedTable:
@@ -282,11 +282,15 @@ class PostgresKeys:
             raise OperationalError(f"keys: {type(error).__name__}") from None
 
     def _connect(self) -> Any:
-        connection = self._psycopg.connect(
+        connection = self._connection = self._psycopg.connect(
             self._url, connect_timeout=self._timeout, keepalives_idle=5, tcp_user_timeout=10_000
         )
-        with connection.transaction():
-            connection.execute(f"SET lock_timeout = '{self._timeout}s'".encode())
+        try:
+            with self._awaited(), connection.transaction():
+                connection.execute(f"SET lock_timeout = '{self._timeout}s'".encode())
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
     @contextmanager

@@ -317,16 +317,17 @@ class PostgresStore:
         Raises `StoreUnavailableError`, `SchemaMissingError`, `SchemaVersionError`,
         `ViewChangedError`.
         """
+        database = self._database = PostgresDatabase(self._parts, self._lock_timeout)
+        self._commits = LoopCommits(database, self._connect_loop)
         try:
-            with self._connect() as connection:
+            with self._connect() as connection, database.lent(connection):
                 cursor = connection.cursor()
                 cursor.execute(session(self._lock_timeout))
+                database.allow_time(connection)  # a migration may take as long as it needs
                 cursor.execute("SELECT pg_advisory_xact_lock(%s)", (DDL_LOCK,))
                 self._set_up(cursor, readers, create_tables=create_tables)
         except psycopg.Error as error:
             raise StoreUnavailableError(self.name, without_values(error)) from None
-        database = self._database = PostgresDatabase(self._parts, self._lock_timeout)
-        self._commits = LoopCommits(database, self._connect_loop)
         try:
             self.log = PostgresLog(database)
         except PersistenceError as error:  # it asks the database for its settings

@@ -694,6 +694,25 @@ def test_memory_may_be_used_from_several_threads_and_loops():
     assert loads["shared"] == 1
 
 
+def test_a_load_whose_loop_ends_before_it_begins_is_made_by_who_asks_next():
+    cache, asked = InMemoryCache(int), []
+
+    async def load():
+        return 1
+
+    async def ask():
+        return await cache.get_or_load("a", load)
+
+    async def leave():
+        asked.append(asyncio.ensure_future(ask()))  # it is cancelled before its load has begun
+
+    async def ask_in_time():
+        return await asyncio.wait_for(ask(), 5)
+
+    asyncio.run(leave())
+    assert asyncio.run(ask_in_time()) == 1
+
+
 def test_a_load_whose_loop_ends_is_made_by_who_still_waits():
     cache = InMemoryCache(int)
 

@@ -134,7 +134,7 @@ class Threads:
 
         def work():
             begun.put(None)
-            error = ended.get()
+            error = ended.get(timeout=60)
             if error is not None:
                 raise error
 

@@ -29,6 +29,7 @@ from leftfold.application.items import (
 from leftfold.application.ports import EncodedEvent, Group, Save
 from leftfold.domain.items import NeedsReorder
 from leftfold.infrastructure import Runtime, Settings
+from leftfold.infrastructure.cli import app
 from leftfold.infrastructure.cli.app import _following
 from leftfold.infrastructure.items import open_items
 from leftfold.infrastructure.retail import HEADER
@@ -811,6 +812,21 @@ def test_an_import_has_the_shop_followed_whatever_model_is_set(shop, monkeypatch
     monkeypatch.setenv("LEFTFOLD_MODEL", "nowhere:model")
     with _following(shop):
         until(lambda: is_followed(shop))
+
+
+def test_a_follower_that_hangs_does_not_hold_up_the_end_of_an_import(shop, monkeypatch):
+    monkeypatch.setattr(app, "FOLLOWER_ENDS", 0.5)
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        subprocess,
+        "Popen",
+        lambda *args, **options: started.append(popen(*args, **options)) or started[0],
+    )
+    with _following(shop):
+        until(lambda: is_followed(shop))
+        started[0].send_signal(signal.SIGSTOP)
+    assert started[0].returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,15 @@ from time import monotonic, sleep
 import psycopg
 import pytest
 
-from leftfold.application import DispatchError, EventStoreUnavailable
+from leftfold.application import DispatchError, EventStoreUnavailable, KeysUnavailable
 from leftfold.application.items import GetItem, ItemHistory
 from leftfold.domain import Err
-from leftfold.infrastructure import Settings, follower
+from leftfold.infrastructure import (
+    NotRunningError,
+    Settings,
+    StoreUnavailableError,
+    follower,
+)
 from leftfold.infrastructure.items import open_items
 from leftfold.infrastructure.stores import make_store, postgres
 
@@ -302,3 +307,43 @@ async def test_what_a_url_says_beside_the_address_holds_for_every_connection(
                 "WHERE datname = current_database() AND pid <> pg_backend_pid()"
             ).fetchall()
     assert names == [("shop-7",)]
+
+
+async def test_a_server_that_is_silent_once_one_has_logged_in_does_not_hold_up_opening(proxy):
+    proxy.is_silent = True
+    settings = Settings(store=proxy.url, store_timeout=1, lock_timeout=1)
+    with pytest.raises(StoreUnavailableError):
+        await asyncio.wait_for(open_items(settings=settings).open(), 5)
+    proxy.is_silent = False
+    async with open_items(settings=settings) as shop:
+        assert shop.health().is_healthy
+
+
+async def test_keys_whose_server_is_silent_once_one_has_logged_in_are_away_and_come_back(
+    sqlite_url, proxy
+):
+    settings = Settings(
+        store=sqlite_url, keys=proxy.url, store_timeout=1, lock_timeout=1, forget_within=100
+    )
+    async with open_items(settings=settings) as shop:
+        await shop.provide_keys(["ann"])
+        proxy.is_silent = True
+        proxy.cut()
+        for _ in range(2):
+            with pytest.raises(KeysUnavailable):
+                await asyncio.wait_for(shop.forget("ann"), 5)
+        proxy.is_silent = False
+        assert await asyncio.wait_for(shop.forget("ann"), 5)
+
+
+async def test_closing_ends_what_waits_for_keys_and_what_waits_behind_it(sqlite_url, proxy, caplog):
+    settings = Settings(store=sqlite_url, keys=proxy.url, store_timeout=100, forget_within=100)
+    shop = await open_items(settings=settings).open()
+    await shop.provide_keys(["ann"])
+    proxy.is_silent = True
+    asked = [asyncio.ensure_future(shop.forget("ann")) for _ in range(3)]
+    await asyncio.sleep(0.1)
+    await shop.close()
+    assert "left behind" not in caplog.text
+    ended = await asyncio.gather(*asked, return_exceptions=True)
+    assert {type(error) for error in ended} <= {KeysUnavailable, NotRunningError}

@@ -914,7 +914,7 @@ async def test_a_value_is_never_missing_while_it_is_sealed():
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
-    threads = [Thread(target=read) for _ in range(2)]
+    threads = [Thread(target=read, daemon=True) for _ in range(2)]
     for thread in threads:
         thread.start()
     for _ in range(3_000):
