@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 from uuid import UUID
@@ -168,12 +168,7 @@ class BlockingRuntime:
         _ = self.runtime.commands  # raises in a child process, where the loop's thread is not
         if self._loop is None:
             raise NotRunningError
-        try:
-            return self._loop.portal.call(function)
-        except CancelledError:
-            if self._loop is not None:
-                raise
-            raise NotRunningError from None  # it was not answered while the runtime closed
+        return self._loop.portal.call(function)
 
     def __enter__(self) -> Self:
         """Open the runtime; raises what `Runtime.open` does."""
@@ -225,9 +220,9 @@ class _Loop:
         self.portal = ready.result()
 
     def stop(self) -> None:
-        """End the loop; what is still called was not answered while the runtime closed."""
+        """End the loop when its calls are answered."""
         try:
-            self.portal.call(self.portal.stop, True)  # noqa: FBT003 - by its place alone
+            self.portal.call(self.portal.stop)
         finally:
             self._thread.join()
 

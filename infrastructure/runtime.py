@@ -63,6 +63,8 @@ _log = logging.getLogger("leftfold.runtime")
 
 CUT_EVERY = 1.0
 """Seconds between looks for calls that hang, at most."""
+GRACE = 2.0
+"""Seconds that a call may take while the runtime closes."""
 PURGE_INTERVAL = 3_600.0
 """Seconds between purges."""
 PURGED_AT_ONCE = 1_000
@@ -353,10 +355,9 @@ class Runtime:
             self._keyring.cut(self._patience)
 
     def _give_up(self) -> None:
-        """Cut what is still asked, and what waits behind that: nobody waits for it any more."""
-        self._patience = -math.inf
-        self._store.cut(self._patience)
-        self._keyring.cut(self._patience)
+        """Cut what the store is still asked: nobody waits for it. Keys get a little longer."""
+        self._patience = min(self._patience, GRACE)
+        self._store.cut(-math.inf)
 
     def _forget(self) -> None:
         if self._cutting is not None:

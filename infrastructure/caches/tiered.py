@@ -85,10 +85,14 @@ class TieredCache(LoadingCache[T]):
         It happens at the first use, if not before; once it was closed, only here.
         """
         self._is_closed = False
+        listening = self._listening
+        if listening is not None and listening.cancelling():
+            await asyncio.wait([listening])  # it is being closed, or that was given up
         await self._get_ready()
 
     async def _get_ready(self) -> None:
         if self._listening is None or self._listening.done():
+            self._is_ready.clear()
             self._listening = start_task(self._listen())
         await self._is_ready.wait()
 
@@ -96,9 +100,10 @@ class TieredCache(LoadingCache[T]):
         """Listen no more, and close the connections; from then on it is memory alone."""
         self._is_closed = True
         self._is_ready.set()  # who waits for it goes on with memory alone
-        while self._listening is not None and not self._listening.done():
-            self._listening.cancel()  # again and again: see `_is_to_end`
-            await asyncio.wait([self._listening], timeout=LOOK)
+        listening = self._listening
+        while listening is not None and not listening.done():
+            listening.cancel()  # again and again: see `_is_to_end`
+            await asyncio.wait([listening], timeout=LOOK)
         self._lose()
         self._is_ready.clear()
         await self._redis.close()
@@ -232,7 +237,7 @@ class TieredCache(LoadingCache[T]):
 
     async def _listen(self) -> None:
         pause = FIRST_PAUSE
-        while not _is_to_end():
+        while True:
             begun = monotonic()
             try:
                 await self._session()
@@ -241,6 +246,8 @@ class TieredCache(LoadingCache[T]):
             finally:
                 self._lose()
             self._is_ready.set()
+            if _is_to_end():
+                return
             pause = FIRST_PAUSE if monotonic() - begun > LONGEST_PAUSE else pause
             await asleep(pause * (0.5 + random_number()))
             pause = min(2 * pause, LONGEST_PAUSE)

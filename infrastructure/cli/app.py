@@ -345,13 +345,11 @@ def _following(store: str) -> Iterator[None]:
         stderr=subprocess.DEVNULL,
         env=environment,
     ) as follower:
+        yield
         try:
-            yield
-        finally:
-            try:
-                follower.communicate(timeout=FOLLOWER_ENDS)
-            except subprocess.TimeoutExpired:
-                follower.kill()  # a page that it was at is folded by who comes next
+            follower.communicate(timeout=FOLLOWER_ENDS)
+        except subprocess.TimeoutExpired:
+            follower.kill()  # a page that it was at is folded by who comes next
 
 
 def _specification(sentence: str) -> Specification[ItemRow]:

@@ -320,10 +320,14 @@ class PostgresStore:
         database = self._database = PostgresDatabase(self._parts, self._lock_timeout)
         self._commits = LoopCommits(database, self._connect_loop)
         try:
-            with self._connect() as connection, database.lent(connection):
+            with (
+                self._connect() as connection,
+                database.lent(connection),
+                connection.transaction(),
+            ):
                 cursor = connection.cursor()
                 cursor.execute(session(self._lock_timeout))
-                database.allow_time(connection)  # a migration may take as long as it needs
+                database.allow_time(connection)  # a migration may take its time
                 cursor.execute("SELECT pg_advisory_xact_lock(%s)", (DDL_LOCK,))
                 self._set_up(cursor, readers, create_tables=create_tables)
         except psycopg.Error as error:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
-from threading import Event
 
 import pytest
 
-from leftfold.application import Command, Query, Receipt, Service, described
+from leftfold.application import Command, Receipt, Service, described
 from leftfold.application.items import (
     FindItems,
     GetItem,
@@ -20,13 +18,7 @@ from leftfold.application.items import (
 )
 from leftfold.domain import Err, Metadata, Ok
 from leftfold.domain.items import InsufficientStock, ItemAlreadyRegistered, ItemNotFound
-from leftfold.infrastructure import (
-    NotRunningError,
-    Runtime,
-    Settings,
-    StoreUnavailableError,
-    runtime,
-)
+from leftfold.infrastructure import NotRunningError, Runtime, StoreUnavailableError
 from leftfold.infrastructure.items import open_items
 
 
@@ -34,10 +26,6 @@ from leftfold.infrastructure.items import open_items
 def shop(store_url):
     with open_items(store_url).blocking() as shop:
         yield shop
-
-
-class Forever(Query[int, ItemNotFound]):
-    pass
 
 
 def test_commands_and_queries_are_answered(shop, register, sell):
@@ -160,20 +148,3 @@ def test_a_subject_is_forgotten_and_receipts_are_purged(shop, register):
     shop.provide_keys(["somebody"])
     assert shop.forget("somebody") is True
     assert shop.purge_receipts() == 0
-
-
-def test_a_query_that_is_never_answered_does_not_hold_up_leaving(monkeypatch):
-    monkeypatch.setattr(runtime, "PATIENCE", 0.2)
-    has_begun = Event()
-
-    async def never(query):
-        has_begun.set()
-        await asyncio.Event().wait()
-
-    with ThreadPoolExecutor(1) as threads:
-        with open_items(settings=Settings(store="memory:", command_timeout=0.1)).blocking() as shop:
-            shop.runtime.queries.add(Forever.handled_by(never))
-            asked = threads.submit(shop.queries.dispatch, Forever())
-            assert has_begun.wait(5)
-        with pytest.raises(NotRunningError):
-            asked.result(5)

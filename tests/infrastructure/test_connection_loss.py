@@ -13,12 +13,7 @@ import pytest
 from leftfold.application import DispatchError, EventStoreUnavailable, KeysUnavailable
 from leftfold.application.items import GetItem, ItemHistory
 from leftfold.domain import Err
-from leftfold.infrastructure import (
-    NotRunningError,
-    Settings,
-    StoreUnavailableError,
-    follower,
-)
+from leftfold.infrastructure import Settings, StoreUnavailableError, follower
 from leftfold.infrastructure.items import open_items
 from leftfold.infrastructure.stores import make_store, postgres
 
@@ -341,9 +336,20 @@ async def test_closing_ends_what_waits_for_keys_and_what_waits_behind_it(sqlite_
     shop = await open_items(settings=settings).open()
     await shop.provide_keys(["ann"])
     proxy.is_silent = True
-    asked = [asyncio.ensure_future(shop.forget("ann")) for _ in range(3)]
+    asked = asyncio.ensure_future(shop.forget("ann"))
     await asyncio.sleep(0.1)
     await shop.close()
     assert "left behind" not in caplog.text
-    ended = await asyncio.gather(*asked, return_exceptions=True)
-    assert {type(error) for error in ended} <= {KeysUnavailable, NotRunningError}
+    with pytest.raises(KeysUnavailable):
+        await asked
+
+
+async def test_what_is_being_forgotten_when_it_closes_is_forgotten(sqlite_url, proxy):
+    settings = Settings(store=sqlite_url, keys=proxy.url, forget_within=100)
+    shop = await open_items(settings=settings).open()
+    await shop.provide_keys(["ann"])
+    proxy.delay = 0.05
+    asked = asyncio.ensure_future(shop.forget("ann"))
+    await asyncio.sleep(0.02)
+    await shop.close()
+    assert await asked

@@ -290,7 +290,7 @@ async def test_a_load_under_way_does_not_open_it_again(own_valkey):
     await cache.close()
 
 
-async def test_closing_that_was_given_up_goes_on_when_it_is_asked_for_again(own_valkey):
+async def test_after_a_closing_that_was_given_up_it_can_be_closed_or_opened(own_valkey):
     for steps in range(20):
         cache = TieredCache(InMemoryCache(int), RedisCache(int, own_valkey.url, prefix="t"))
         opening = asyncio.ensure_future(cache.open())
@@ -300,6 +300,9 @@ async def test_closing_that_was_given_up_goes_on_when_it_is_asked_for_again(own_
         await asyncio.sleep(0)
         closing.cancel()
         await asyncio.wait([closing])
+        if steps % 2:
+            await asyncio.wait_for(cache.open(), 5)
+            assert cache.is_connected
         await asyncio.wait_for(cache.close(), 5)
         assert cache._listening is None or cache._listening.done()
         await asyncio.wait_for(opening, 5)
