@@ -1,10 +1,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# The longest tests come first, so whoever is free takes the next.
-SPREAD := -n auto --dist load --maxschedchunk 1
 
-.PHONY: demo test check bench clean
+.PHONY: demo test marked check bench clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "leftfold needs Python 3.11 or newer: make PYTHON=python3.11")'
@@ -16,8 +14,12 @@ demo: $(VENV)/.installed ## simulate a small shop and import its sales on SQLite
 	$(BIN)/leftfold demo
 
 test: $(VENV)/.installed ## every test, with real servers that pip brought; those of times afterwards
-	$(BIN)/python -m pytest $(SPREAD) -m "not timed" $(OPTIONS)
-	$(BIN)/python -m pytest $(SPREAD) -m timed $(OPTIONS)
+	$(MAKE) --no-print-directory marked MARKS="not timed"
+	$(MAKE) --no-print-directory marked MARKS="timed"
+
+# The longest tests come first, so whoever is free takes the next.
+marked: $(VENV)/.installed ## the tests of some MARKS
+	$(BIN)/python -m pytest -n auto --dist load --maxschedchunk 1 -m "$(MARKS)" $(OPTIONS)
 
 check: $(VENV)/.installed ## style, types, layers
 	$(BIN)/ruff format --check .

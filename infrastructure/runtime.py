@@ -64,7 +64,7 @@ _log = logging.getLogger("leftfold.runtime")
 CUT_EVERY = 1.0
 """Seconds between looks for calls that hang, at most."""
 GRACE = 2.0
-"""Seconds that a call may take while the runtime closes."""
+"""Seconds that a call for keys may take while the runtime closes."""
 PURGE_INTERVAL = 3_600.0
 """Seconds between purges."""
 PURGED_AT_ONCE = 1_000
@@ -116,8 +116,6 @@ class Runtime:
         self._platform: SystemPlatform | None = None  # from the beginning of open to close's end
         self._parts: _Parts | None = None
         self._closing: asyncio.Task[None] | None = None
-        self._cutting: asyncio.Task[None] | None = None
-        self._patience = self.settings.store_timeout
         self._inline = InlineViews(())
 
     @property
@@ -279,14 +277,15 @@ class Runtime:
         self._owner = os.getpid()
         self._platform = platform = SystemPlatform()
         telemetry = self._telemetry
+        cutter = _Cutter(self._store, self._keyring, platform, self.settings.store_timeout)
         async with AsyncExitStack() as undo:
+            undo.callback(sigterm.discard, self._begin_close)
             undo.callback(self._forget)
+            undo.callback(cutter.stop)
             undo.push_async_callback(platform.close_then, self._close_stores)
-            undo.callback(self._give_up)
-            self._patience = self.settings.store_timeout
-            self._cutting = platform.spawn(self._cut(platform))
+            undo.callback(cutter.give_up)
             await platform.in_thread(self._open_store)
-            self._parts = _Parts(
+            parts = _Parts(
                 self.model,
                 self.settings,
                 self._store,
@@ -296,12 +295,13 @@ class Runtime:
                 (self._guard, *self._middleware),
                 telemetry,
             )
-            undo.push_async_callback(self._parts.stop)
-            await self._parts.begin(self._inline)
-            undo.pop_all()
+            undo.push_async_callback(parts.stop)
+            await parts.begin(self._inline)
+            parts.undo = undo.pop_all()
+            self._parts = parts
         if telemetry is not None:
-            parts = self.health().parts
-            telemetry.watch(self.health, {part.kind: part.counters for part in parts})
+            watched = self.health().parts
+            telemetry.watch(self.health, {part.kind: part.counters for part in watched})
         if self.settings.follow:
             self.follow()
         if self.settings.drain_on_sigterm:
@@ -324,7 +324,8 @@ class Runtime:
         """Finish the commands, queries and pages under way, refuse new ones, and close the store.
 
         They get a little longer than `command_timeout`; what hangs is left behind. Closing goes
-        on if the caller is cancelled, and another call waits for it.
+        on if the caller is cancelled, and another call waits for it. One that is yet being opened
+        is left alone.
         """
         if os.getpid() != self._owner:
             return  # a child by fork: the store is the parent's to close
@@ -338,31 +339,12 @@ class Runtime:
             self._closing = self._parts.platform.spawn(self._close(self._parts))
 
     async def _close(self, parts: _Parts) -> None:
-        async with AsyncExitStack() as last:  # from its end to its beginning, whatever happens
-            last.callback(sigterm.discard, self._begin_close)
-            last.callback(self._forget)
-            last.push_async_callback(parts.platform.close_then, self._close_stores)
-            last.callback(self._give_up)
-            last.push_async_callback(parts.stop)
+        async with parts.undo:  # what opening did, from its end to its beginning, whatever happens
             await parts.drain(self.settings.command_timeout + PATIENCE)
             self._parts = None
 
-    async def _cut(self, platform: SystemPlatform) -> None:
-        """Cut off calls that hang, whatever else hangs."""
-        while True:
-            await platform.sleep(min(self.settings.store_timeout / 10, CUT_EVERY))
-            self._store.cut(self._patience)
-            self._keyring.cut(self._patience)
-
-    def _give_up(self) -> None:
-        """Cut what the store is still asked: nobody waits for it. Keys get a little longer."""
-        self._patience = min(self._patience, GRACE)
-        self._store.cut(-math.inf)
-
     def _forget(self) -> None:
-        if self._cutting is not None:
-            self._cutting.cancel()
-        self._platform = self._parts = self._closing = self._cutting = None
+        self._platform = self._parts = self._closing = None
 
     @property
     def _opened(self) -> _Parts:
@@ -408,6 +390,35 @@ class Runtime:
             "CIPHER_KEY": settings.cipher_key.get_secret_value(),
         }
         return SharedLog(self._store.log, self._keyring, env)
+
+
+class _Cutter:
+    """Cuts off calls to a store and its keys that hang, whatever else hangs."""
+
+    def __init__(
+        self, store: Store, keyring: Keyring, platform: SystemPlatform, patience: float
+    ) -> None:
+        """Begin to; a call hangs after `patience` seconds."""
+        self._store = store
+        self._keyring = keyring
+        self._platform = platform
+        self._patience = patience
+        self._cutting = platform.spawn(self._cut())
+
+    async def _cut(self) -> None:
+        while True:
+            await self._platform.sleep(min(self._patience / 10, CUT_EVERY))
+            self._store.cut(self._patience)
+            self._keyring.cut(self._patience)
+
+    def give_up(self) -> None:
+        """Cut what the store is still asked: nobody waits for it. Keys get a little longer."""
+        self._patience = min(self._patience, GRACE)
+        self._store.cut(-math.inf)
+
+    def stop(self) -> None:
+        """Cut nothing any more."""
+        self._cutting.cancel()
 
 
 class _Parts:
@@ -492,7 +503,9 @@ class _Parts:
             self.queries.add(*query_service(views, histories).handlers())
         self._receipts_kept = settings.receipts_kept
         self._following: tuple[asyncio.Future[None], ...] = ()
-        self._housekeeping: list[asyncio.Task[None]] = []
+        self._housekeeping: tuple[asyncio.Task[None], ...] = ()
+        self.undo = AsyncExitStack()
+        """What closing does."""
 
     async def begin(self, inline: InlineViews) -> None:
         """Bring inline views as far as the log, learn how far the others are, and go on."""
@@ -505,7 +518,7 @@ class _Parts:
         spawn = self.platform.spawn
         self._watching = asyncio.ensure_future(spawn(self._watch()))
         self._following = (asyncio.ensure_future(spawn(self.follower.run())), self._watching)
-        self._housekeeping += spawn(self._forget()), spawn(self._purge(self._receipts_kept))
+        self._housekeeping = spawn(self._forget()), spawn(self._purge(self._receipts_kept))
 
     async def drain(self, seconds: float) -> None:
         """Finish commands, then queries, which commands may need; each within some seconds."""

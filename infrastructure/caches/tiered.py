@@ -104,8 +104,6 @@ class TieredCache(LoadingCache[T]):
         while listening is not None and not listening.done():
             listening.cancel()  # again and again: see `_is_to_end`
             await asyncio.wait([listening], timeout=LOOK)
-        self._lose()
-        self._is_ready.clear()
         await self._redis.close()
 
     @property

@@ -171,7 +171,7 @@ class PostgresLog(PostgresEvents, Notifying, PostgresProcessRecorder):
             cursor.execute(CALL_COMMIT.encode(), given, prepare=True)
             verdicts = judged(run, *(cursor.fetchone() or ((), ())))
         if self.inline is not None and any(isinstance(v, Committed) for v in verdicts):
-            joined = Joined(connection)
+            joined = Joined(connection, self.datastore)
             with in_views():
                 self.inline(PostgresEvents(joined), self.views.within(joined))
         return verdicts
@@ -327,9 +327,8 @@ class PostgresStore:
             ):
                 cursor = connection.cursor()
                 cursor.execute(session(self._lock_timeout))
-                database.allow_time(connection)  # a migration may take its time
                 cursor.execute("SELECT pg_advisory_xact_lock(%s)", (DDL_LOCK,))
-                self._set_up(cursor, readers, create_tables=create_tables)
+                self._set_up(cursor, database, readers, create_tables=create_tables)
         except psycopg.Error as error:
             raise StoreUnavailableError(self.name, without_values(error)) from None
         try:
@@ -361,7 +360,14 @@ class PostgresStore:
             raise
         return connection
 
-    def _set_up(self, cursor: Cursor, readers: Sequence[Reader], *, create_tables: bool) -> None:
+    def _set_up(
+        self,
+        cursor: Cursor,
+        database: PostgresDatabase,
+        readers: Sequence[Reader],
+        *,
+        create_tables: bool,
+    ) -> None:
         ours, theirs = "leftfold_schema", "stored_events"
         made = cursor.execute("SELECT to_regclass(%s), to_regclass(%s)", (ours, theirs)).fetchone()
         if made is not None and made[0] is None and made[1] is not None:
@@ -375,13 +381,14 @@ class PostgresStore:
         # What is there is left alone: to make it again, even in vain, takes locks from commits.
         # Every version up to now has only added to the one before.
         if create_tables and version < SCHEMA_VERSION:
+            database.allow_time(cursor.connection)
             for statement in STATEMENTS:
                 cursor.execute(statement.encode())
             cursor.execute("DELETE FROM leftfold_schema")
             cursor.execute("INSERT INTO leftfold_schema VALUES (%s)", (SCHEMA_VERSION,))
         elif version != SCHEMA_VERSION:
             raise SchemaVersionError(self.name, version, SCHEMA_VERSION)
-        joined = Joined(cursor.connection)
+        joined = Joined(cursor.connection, database)
         views = PostgresViews(self.name, joined, None, may_define=create_tables)
         for reader in readers:
             views.define(reader)

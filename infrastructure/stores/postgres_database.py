@@ -131,8 +131,9 @@ def session(lock_timeout: int) -> bytes:
 class Joined:
     """A transaction under way, for those who else begin one."""
 
-    def __init__(self, connection: psycopg.Connection[Any]) -> None:
+    def __init__(self, connection: psycopg.Connection[Any], database: PostgresDatabase) -> None:
         self._connection = connection
+        self.allow_time = database.allow_time
 
     @contextlib.contextmanager
     def reading(self, *, binary: bool = False) -> Iterator[Cursor]:

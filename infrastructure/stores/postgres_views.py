@@ -135,8 +135,7 @@ class PostgresViews(TableViews[PostgresDatabase | Joined, Cursor]):
         return [found.get((reader.name, reader.version), ABSENT) for reader in readers]
 
     def _allow_time(self, cursor: Cursor) -> None:
-        if isinstance(self._database, PostgresDatabase):
-            self._database.allow_time(cursor.connection)
+        self._database.allow_time(cursor.connection)
 
     def _lock(self, cursor: Cursor, readers: Sequence[Reader]) -> None:
         query = (  # in one order, so that no two wait for each other

@@ -435,6 +435,7 @@ class TableViews(Generic[D, C]):
             for name, statement in table.indexes.items():
                 # One that is there is left alone: to make it again takes a lock from pages.
                 if not self._exists(cursor, name):
+                    self._allow_time(cursor)
                     self._run(cursor, statement)
             if is_built:
                 self._show(cursor, reader)

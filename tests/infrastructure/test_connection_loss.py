@@ -5,15 +5,22 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from time import monotonic, sleep
 
 import psycopg
 import pytest
 
-from leftfold.application import DispatchError, EventStoreUnavailable, KeysUnavailable
-from leftfold.application.items import GetItem, ItemHistory
+from leftfold.application import (
+    DispatchError,
+    EventStoreUnavailable,
+    KeysUnavailable,
+    Projection,
+)
+from leftfold.application.items import GetItem, ItemHistory, ItemRow, item_model
 from leftfold.domain import Err
-from leftfold.infrastructure import Settings, StoreUnavailableError, follower
+from leftfold.domain.items import ItemRenamed
+from leftfold.infrastructure import Runtime, Settings, StoreUnavailableError, follower
 from leftfold.infrastructure.items import open_items
 from leftfold.infrastructure.stores import make_store, postgres
 
@@ -314,6 +321,32 @@ async def test_a_server_that_is_silent_once_one_has_logged_in_does_not_hold_up_o
         assert shop.health().is_healthy
 
 
+async def test_opening_is_cut_as_any_call_where_it_only_asks(postgres_url):
+    settings = Settings(store=postgres_url, store_timeout=1, lock_timeout=30)
+    with psycopg.connect(postgres_url) as busy:
+        busy.execute("SELECT pg_advisory_xact_lock(%s)", (postgres.DDL_LOCK,))
+        with pytest.raises(StoreUnavailableError):
+            await asyncio.wait_for(open_items(settings=settings).open(), 5)
+
+
+async def test_to_make_an_index_when_a_store_is_opened_may_take_longer(postgres_url):
+    view = Projection("stock", version=1, row=ItemRow, indexes=["name"])
+    view.on(ItemRenamed)(lambda row, event: row)
+    model = replace(item_model, projections=(view,), queries=())
+    settings = Settings(store=postgres_url, store_timeout=1)
+    async with open_items(postgres_url):
+        pass
+    execute(
+        postgres_url,
+        "CREATE FUNCTION slow() RETURNS event_trigger LANGUAGE plpgsql "
+        "AS $$ BEGIN PERFORM pg_sleep(2.5); END $$",
+        "CREATE EVENT TRIGGER slow ON ddl_command_start WHEN TAG IN ('CREATE INDEX') "
+        "EXECUTE FUNCTION slow()",
+    )
+    async with Runtime(model, settings=settings) as shop:
+        assert shop.health().is_healthy
+
+
 async def test_keys_whose_server_is_silent_once_one_has_logged_in_are_away_and_come_back(
     sqlite_url, proxy
 ):
@@ -331,7 +364,7 @@ async def test_keys_whose_server_is_silent_once_one_has_logged_in_are_away_and_c
         assert await asyncio.wait_for(shop.forget("ann"), 5)
 
 
-async def test_closing_ends_what_waits_for_keys_and_what_waits_behind_it(sqlite_url, proxy, caplog):
+async def test_closing_ends_what_waits_for_keys(sqlite_url, proxy, caplog):
     settings = Settings(store=sqlite_url, keys=proxy.url, store_timeout=100, forget_within=100)
     shop = await open_items(settings=settings).open()
     await shop.provide_keys(["ann"])

@@ -228,6 +228,19 @@ async def test_a_cancelled_open_leaves_nothing_and_does_not_freeze_the_loop(
         assert shop.health().is_healthy
 
 
+async def test_one_that_is_yet_being_opened_is_not_closed(sqlite_url, register):
+    for pause in range(10):
+        shop = open_items(sqlite_url)
+        opening = asyncio.create_task(shop.open())
+        await asyncio.sleep(pause / 1_000)
+        was_open = opening.done()
+        await shop.close()
+        await opening
+        if not was_open:
+            (await shop.commands.dispatch(register(f"S{pause}"))).unwrap()
+        await shop.close()
+
+
 async def test_closing_does_not_freeze_the_loop_while_a_thread_is_at_work(
     sqlite_url, longest_freeze
 ):
